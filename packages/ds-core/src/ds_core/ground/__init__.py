@@ -1,0 +1,1 @@
+"""The ground everything stands on: device, mesh, tickets, collectives, codecs."""

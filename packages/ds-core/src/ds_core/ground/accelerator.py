@@ -1,0 +1,72 @@
+"""The device this process drives: a thin face on `torch.accelerator`, passed in and never looked up."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "hpu": "hccl", "npu": "hccl"}
+
+
+@dataclass(frozen=True, slots=True)
+class Accelerator:
+    """One device. On CPU everything that concerns streams is a no-op."""
+
+    device: torch.device
+
+    @classmethod
+    def current(cls) -> Accelerator:
+        """This rank's device: LOCAL_RANK picks among the accelerators; `DS_ACCELERATOR=cpu` forces the CPU."""
+        wanted = os.environ.get("DS_ACCELERATOR")
+        if wanted == "cpu" or (wanted is None and not torch.accelerator.is_available()):
+            return cls(torch.device("cpu"))
+        kind = wanted or str(torch.accelerator.current_accelerator())
+        module = torch.get_device_module(kind)
+        if not module.is_available():
+            raise ValueError(f"DS_ACCELERATOR={wanted!r}: torch sees no such device; unset it or use cpu")
+        index = int(os.environ.get("LOCAL_RANK", "0")) % max(1, module.device_count())
+        return cls(torch.device(kind, index))
+
+    @property
+    def comm_backend(self) -> str:
+        """The torch.distributed backend for this kind of device: "nccl", "gloo", "xccl"."""
+        return _BACKENDS.get(self.device.type, "gloo")
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    def activate(self) -> None:
+        """Make this the current device of its kind."""
+        if not self.is_cpu:
+            torch.get_device_module(self.device).set_device(self.device)
+
+    def synchronize(self) -> None:
+        if not self.is_cpu:
+            torch.accelerator.synchronize(self.device)
+
+    def pinned(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Host memory from which copies to the device are asynchronous (plain memory on CPU)."""
+        return torch.empty(numel, dtype=dtype, pin_memory=not self.is_cpu)
+
+    def total_bytes(self) -> int:
+        """Memory of the device; on CPU, of the host."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory)
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+    def free_bytes(self) -> int:
+        """Memory that can still be had on the device; on CPU, what the kernel calls available."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        try:
+            with open("/proc/meminfo") as lines:
+                for line in lines:
+                    if line.startswith("MemAvailable:"):
+                        return int(line.split()[1]) * 1024
+        except OSError:
+            return self.total_bytes()
+        return self.total_bytes()

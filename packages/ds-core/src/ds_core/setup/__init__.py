@@ -1,0 +1,1 @@
+"""From files and names to objects: configuration, plug-ins, the DeepSpeed vocabulary."""

@@ -1,0 +1,68 @@
+"""A flat range of a tensor: what a rank owns, and what a checkpoint saves as boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ds_core.state.layout import Box, flat_range_boxes
+
+Json = Any  # None, bool, int, float, str, list or dict of the same: what json.dumps takes without a default
+
+
+@dataclass(frozen=True, slots=True)
+class FlatShard:
+    """Flat elements [start, start + local.numel()) of a row-major tensor of `shape`.
+
+    `local` is 1-D and contiguous: the live memory itself, not a copy.
+    """
+
+    local: Tensor
+    shape: torch.Size
+    start: int
+
+    def boxes(self) -> list[tuple[Box, Tensor]]:
+        """((offsets, sizes), view of `local` with those sizes), in flat order."""
+        found, at = [], 0
+        for offsets, sizes in flat_range_boxes(self.shape, self.start, self.start + self.local.numel()):
+            numel = math.prod(sizes)
+            found.append(((offsets, sizes), self.local[at : at + numel].view(sizes)))
+            at += numel
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """What a checkpoint says of one tensor without reading it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
+@runtime_checkable
+class Saveable(Protocol):
+    """One named part of a checkpoint: a model's owner, an optimizer, a scheduler, a sampler.
+
+    Tensors are read back into the memory that the part itself names, so loading never holds a second copy.
+    """
+
+    def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
+        """Live tensors (whole ones hold the same values on every rank), this rank's shards, and JSON values."""
+        ...
+
+    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
+        """Where each saved tensor's bytes go on this rank; allocates what does not exist yet.
+
+        Raises ValueError naming every tensor that is missing, unknown or of another shape, with both
+        shapes, before anything is written.
+        """
+        ...
+
+    def load_state_dict(self, values: Mapping[str, Json]) -> None:
+        """Called after all targets are filled, with the JSON values."""
+        ...

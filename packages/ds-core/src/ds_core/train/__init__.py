@@ -1,0 +1,1 @@
+"""One training step: optimizers over shards, clipping, loss scaling, schedules, the engine."""

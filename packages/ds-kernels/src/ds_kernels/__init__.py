@@ -1,0 +1,3 @@
+"""ds-kernels."""
+
+__version__ = "0.1.0"
