@@ -70,7 +70,7 @@ class Codec(Protocol):
 
 
 class Lease(Protocol):
-    """Borrowed bytes. `tensor` is valid inside the `with`; leaving it gives them back (written back if `dirty`)."""
+    """Borrowed bytes: `tensor` is valid inside the `with`; leaving it gives them back, written if `dirty`."""
 
     tensor: Tensor
     dirty: bool
@@ -108,7 +108,7 @@ class Shard(Protocol):
 
 
 class ParamOwner(Saveable, Protocol):
-    """Owns every parameter's bytes between uses. Engine, pipeline and chat speak to this, never to buckets."""
+    """Owns every parameter's bytes between uses. The engine speaks to this, never to buckets."""
 
     @property
     def shards(self) -> Sequence[Shard]: ...

@@ -19,7 +19,7 @@ class Accelerator:
 
     @classmethod
     def current(cls) -> Accelerator:
-        """This rank's device: LOCAL_RANK picks among the accelerators; `DS_ACCELERATOR=cpu` forces the CPU."""
+        """This rank's device: LOCAL_RANK picks the accelerator; `DS_ACCELERATOR=cpu` forces the CPU."""
         wanted = os.environ.get("DS_ACCELERATOR")
         if wanted == "cpu" or (wanted is None and not torch.accelerator.is_available()):
             return cls(torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Flat buckets as data: slots, cuts, and which part of which slot a rank owns (pure, no torch.distributed)."""
+"""Flat buckets as data: slots, cuts, and which part of which slot a rank owns (pure)."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Saveable(Protocol):
     """
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
-        """Live tensors (whole ones hold the same values on every rank), this rank's shards, and JSON values."""
+        """Live tensors (whole ones: equal on every rank), this rank's shards, and JSON values."""
         ...
 
     def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
