@@ -1,0 +1,92 @@
+"""The map: writes docs/rooms.md from every file's first docstring line; `--check` says when it is stale."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from layers import find_imports
+from repo import Module, Repo, first_line
+
+PAGE = Path("docs/rooms.md")
+HEAD = """# Rooms
+
+Every source file and what it is for: the first line of each file, collected by `tools/rooms.py`. Do not edit.
+
+"""
+
+
+def find_unnamed(repo: Repo) -> Iterator[str]:
+    """Files that do not say what they are for."""
+    for module in all_modules(repo):
+        if not first_line(module) and not (module.is_init and not module.path.read_text().strip()):
+            yield f"{repo.relative(module.path)}:1: start the file with a docstring saying what it is for"
+
+
+def all_modules(repo: Repo) -> list[Module]:
+    """The modules of all packages, then the kernels and tools, which belong to none."""
+    loose = sorted([*repo.root.glob("kernels/*/*.py"), *repo.root.glob("tools/*.py")])
+    return [*repo.modules.values(), *(Module(p.stem, p, "") for p in loose if not p.is_symlink())]
+
+
+def render(repo: Repo) -> str:
+    """The whole page."""
+    lines = [HEAD]
+    for package, project in repo.projects.items():
+        lines += [f"## {project['name']}\n", f"{first_line(repo.modules[package])}\n", *TABLE]
+        base = repo.folder(package) / "src" / package
+        for module in repo.modules.values():
+            text = first_line(module)
+            if module.package == package and text and module.name != package:
+                name = module.path.relative_to(base).as_posix().removesuffix("__init__.py")
+                lines.append(f"| `{name}` | {text} |")
+        lines.append("")
+    for folder in ("kernels", "tools"):
+        rows = [
+            m for m in all_modules(repo) if not m.package and repo.relative(m.path).startswith(f"{folder}/")
+        ]
+        if rows:
+            lines += [f"## {folder}\n", *TABLE]
+            lines += [
+                f"| `{m.path.relative_to(repo.root / folder).as_posix()}` | {first_line(m)} |" for m in rows
+            ]
+            lines.append("")
+    return "\n".join(lines)
+
+
+TABLE = ("| file | what for |", "| --- | --- |")
+
+
+def find_untested(repo: Repo) -> Iterator[str]:
+    """Modules with code that no test names: not imported, not through the package's table, not as text."""
+    tests = [*repo.root.glob("packages/*/tests/**/*.py"), *repo.root.glob("integration-tests/**/*.py")]
+    seen: set[str] = set()
+    for path in tests:
+        seen.update(i.target for i in find_imports(repo, Module(path.stem, path, "")))
+        seen.update(re.findall(r"\bds_\w+(?:\.\w+)+", path.read_text()))
+    for name, module in repo.modules.items():
+        if not module.is_init and name not in seen and not any(s.startswith(f"{name}.") for s in seen):
+            yield name
+
+
+def main(argv: list[str]) -> int:
+    """Write the page, or with `--check` compare it; then name the files no test imports."""
+    repo = Repo()
+    findings = list(find_unnamed(repo))
+    text = render(repo)
+    page = repo.root / PAGE
+    if "--check" not in argv:
+        page.write_text(text)
+    elif not page.exists() or page.read_text() != text:
+        findings.append(f"{PAGE}: stale; run `nox -s lint -- --fix`")
+    for finding in findings:
+        print(finding)
+    for name in find_untested(repo):
+        print(f"note: no test imports {name}")
+    return 1 if findings else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
