@@ -9,7 +9,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 # public name -> module that defines it
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "ResumableLoader": "ds_core.train.sampler",
+    "ResumableSampler": "ds_core.train.sampler",
+    "build_schedule": "ds_core.train.schedule",
+}
 
 __all__ = ["__version__", *_HOME]
 
