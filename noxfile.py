@@ -218,7 +218,8 @@ def tests(session: nox.Session, suite: str) -> None:
         install(session, *names, *GROUPS["test"], *GROUPS["integration"])
         run_pytest(session, "-q", "integration-tests")
     else:
-        install(session, suite, *GROUPS["test"], *GROUPS.get(f"test-{suite}", []))
+        extras = ",".join(SETTINGS["tool"]["ds"]["test_extras"].get(suite, []))
+        install(session, f"{suite}[{extras}]" if extras else suite, *GROUPS["test"])
         assert_alone(session, suite)
         run_pytest(session, "-q", f"packages/{suite}/tests")
 
@@ -248,7 +249,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """mypy --strict over every package and the tools."""
     torch_layer(session)
-    session.install("-q", *GROUPS["types"], *third_party())
+    session.install("-q", *GROUPS["types"], *GROUPS["test"], *third_party())
     session.run("mypy", *session.posargs)
 
 

@@ -41,19 +41,21 @@ def render(repo: Repo) -> str:
             text = first_line(module)
             if module.package == package and text and module.name != package:
                 name = module.path.relative_to(base).as_posix().removesuffix("__init__.py")
-                lines.append(f"| `{name}` | {text} |")
+                lines.append(row(name, module))
         lines.append("")
     for folder in ("kernels", "tools"):
-        rows = [
-            m for m in all_modules(repo) if not m.package and repo.relative(m.path).startswith(f"{folder}/")
-        ]
+        base = repo.root / folder
+        rows = [m for m in all_modules(repo) if not m.package and m.path.is_relative_to(base)]
         if rows:
             lines += [f"## {folder}\n", *TABLE]
-            lines += [
-                f"| `{m.path.relative_to(repo.root / folder).as_posix()}` | {first_line(m)} |" for m in rows
-            ]
+            lines += [row(m.path.relative_to(base).as_posix(), m) for m in rows]
             lines.append("")
     return "\n".join(lines)
+
+
+def row(name: str, module: Module) -> str:
+    text = first_line(module).replace("|", "\\|")
+    return f"| `{name}` | {text} |"
 
 
 TABLE = ("| file | what for |", "| --- | --- |")

@@ -1,0 +1,47 @@
+"""Run by a package's own environment: import it after torch, and write down what that did to the process."""
+
+import importlib
+import json
+import os
+import pkgutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+# Not for importing on its own: modules of the fork server, and kernel sources written for a compiler.
+SKIPPED = (".testing", ".sources", "__main__")
+
+
+def state() -> dict[str, object]:
+    tasks = sorted(os.listdir("/proc/self/task")) if Path("/proc/self/task").exists() else []
+    children = [c for t in tasks for c in Path(f"/proc/self/task/{t}/children").read_text().split()]
+    return {"tasks": len(tasks), "threads": threading.active_count(), "children": children}
+
+
+def main(package: str, what: str, result: str) -> None:
+    before = state()
+    start = time.perf_counter()
+    module = importlib.import_module(package)
+    seconds = time.perf_counter() - start
+    names = [package]
+    if what == "modules":
+        found = pkgutil.walk_packages(module.__path__, f"{package}.")
+        names = [m.name for m in found if not any(s in m.name for s in SKIPPED)]
+        for name in names:
+            importlib.import_module(name)
+    seen = {
+        "seconds": seconds,
+        "names": names,
+        "before": before,
+        "after": state(),
+        "cuda": torch.cuda.is_initialized(),
+        "group": torch.distributed.is_available() and torch.distributed.is_initialized(),
+    }
+    Path(result).write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
