@@ -1,0 +1,66 @@
+"""What ranks tell each other around a checkpoint: small agreements, on the calling thread only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ds_core.state.checkpoint_index import SaveError
+
+
+class Peers:
+    """The ranks that share a checkpoint; one process alone when torch.distributed is not initialised."""
+
+    def __init__(self, group: ProcessGroup | None = None) -> None:
+        self._group = group
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank(group) if joined else 0
+        self.world = dist.get_world_size(group) if joined else 1
+        self._device = torch.device("cpu")
+        if joined and "gloo" not in str(dist.get_backend(group)):
+            self._device = torch.device(str(torch.accelerator.current_accelerator()))
+
+    def agree(self, numbers: Sequence[int], error: Exception | None, doing: str) -> list[list[int]]:
+        """Every rank's numbers, by rank; if any rank comes with an error, all ranks raise.
+
+        Collective: over the group.
+        Raises: `error` itself where it happened, SaveError naming that rank elsewhere.
+        """
+        if self.world == 1:
+            if error is not None:
+                raise error
+            return [list(numbers)]
+        row = torch.tensor([int(error is not None), *numbers], dtype=torch.int64, device=self._device)
+        rows = [values.tolist() for values in self._gather(row)]
+        if any(values[0] for values in rows):
+            texts = self.gather_text("" if error is None else f"{type(error).__name__}: {error}")
+            if error is not None:
+                raise error
+            rank = next(rank for rank, values in enumerate(rows) if values[0])
+            raise SaveError(f"{doing} stopped on all ranks: {texts[rank]}", rank=rank)
+        return [values[1:] for values in rows]
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, by rank.
+
+        Collective: over the group.
+        """
+        if self.world == 1:
+            return [text]
+        raw = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(self._device)
+        sizes = [int(size) for size in self._gather(torch.tensor([raw.numel()], device=self._device))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
+        padded[: raw.numel()] = raw
+        found = self._gather(padded)
+        return [
+            bytes(values[:size].tolist()).decode().strip() for values, size in zip(found, sizes, strict=True)
+        ]
+
+    def _gather(self, row: Tensor) -> list[Tensor]:
+        out = [torch.empty_like(row) for _ in range(self.world)]
+        dist.all_gather(out, row, group=self._group)
+        return out
