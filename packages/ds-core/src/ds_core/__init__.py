@@ -10,6 +10,8 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _HOME: dict[str, str] = {
+    "CheckpointStore": "ds_core.state.checkpoint",
+    "SaveHandle": "ds_core.state.checkpoint_job",
     "ResumableLoader": "ds_core.train.sampler",
     "ResumableSampler": "ds_core.train.sampler",
     "build_schedule": "ds_core.train.schedule",
