@@ -104,8 +104,8 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Put a small file in place whole: written beside, fsynced, renamed.
+def put_file(path: Path, data: bytes, *, sync: bool = True) -> None:
+    """Put a small file in place whole: written beside, fsynced unless only this run reads it, renamed.
 
     Raises: SaveError with the bytes wanted and written.
     """
@@ -115,7 +115,8 @@ def write_synced(path: Path, data: bytes) -> None:
         try:
             while done < len(data):
                 done += os.write(descriptor, data[done:])
-            os.fsync(descriptor)
+            if sync:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.rename(beside, path)
@@ -138,8 +139,7 @@ def publish(directory: Path, work: Path, step: int, nonce: int) -> Path:
     else:
         os.rename(final, old)
         os.rename(work, final)
-    sync_directory(directory)
-    write_synced(directory / "latest", f"{step_name(step)}\n".encode())
+    put_file(directory / "latest", f"{step_name(step)}\n".encode())
     sync_directory(directory)
     if old.exists():
         discard(old)
@@ -180,7 +180,7 @@ class Meeting:
 
     def hand_in(self, manifest: Mapping[str, Any]) -> None:
         """Say that this rank has written everything it had to."""
-        write_synced(self._work / f"manifest-{self._rank:05d}.json", json.dumps(manifest).encode())
+        put_file(self._work / f"manifest-{self._rank:05d}.json", json.dumps(manifest).encode(), sync=False)
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks; where even that cannot be written, they find out by waiting."""
@@ -189,7 +189,9 @@ class Meeting:
             described |= {"rank": error.rank, "message": error.reason, "path": error.path}
             described |= {"wanted": error.wanted, "got": error.got, "code": error.errno}
         try:
-            write_synced(self._work / f"failure-{self._rank:05d}.json", json.dumps(described).encode())
+            put_file(
+                self._work / f"failure-{self._rank:05d}.json", json.dumps(described).encode(), sync=False
+            )
         except OSError as second:
             log.warning("rank %d could not report its failed save: %s", self._rank, second)
 

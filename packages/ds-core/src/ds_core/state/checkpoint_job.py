@@ -149,7 +149,7 @@ class SaveJob:
         manifests = [manifest, *(meeting.collect() if self.world > 1 else [])]
         index = merge(self.step, self.plan, manifests)
         index.check_boxes(str(work / INDEX))
-        commit.write_synced(work / INDEX, index.encode())
+        commit.put_file(work / INDEX, index.encode())
         commit.publish(self.directory, work, self.step, self.nonce)
         if self.keep is not None:
             commit.retain(self.directory, self.keep, self.step, self.nonce)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,3 +66,32 @@ class Saveable(Protocol):
     def load_state_dict(self, values: Mapping[str, Json]) -> None:
         """Called after all targets are filled, with the JSON values."""
         ...
+
+
+@runtime_checkable
+class AnnouncesChange(Protocol):
+    """What a part offers besides `Saveable` so that background saves need not stop training to copy it.
+
+    By offering it, the part promises that none of its tensors changes before it has called what it was given.
+    """
+
+    def before_next_change(self, fn: Callable[[], None]) -> None:
+        """Call `fn` once, right before any tensor of `state_dict` next changes; `fn` may block."""
+        ...
+
+
+class ChangeGate:
+    """The waiting list behind `before_next_change`: an owner calls `open` where it is about to write."""
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    def before_next_change(self, fn: Callable[[], None]) -> None:
+        """Remember `fn` for the next `open`."""
+        self._waiting.append(fn)
+
+    def open(self) -> None:
+        """Call everything that waits, once."""
+        waiting, self._waiting = self._waiting, []
+        for fn in waiting:
+            fn()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_core.state.shard import FlatShard, Json, SavedTensor
+from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
 
 
 def pattern(name: str, shape: Sequence[int], dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -98,16 +98,11 @@ class SteadyPart(CutPart):
         self, shapes: Mapping[str, Sequence[int]], rank: int = 0, world: int = 1, **more: Any
     ) -> None:
         super().__init__(shapes, rank, world, **more)
-        self._waiting: list[Callable[[], None]] = []
-
-    def before_next_change(self, fn: Callable[[], None]) -> None:
-        """Call `fn` once, right before the next change."""
-        self._waiting.append(fn)
+        self._gate = ChangeGate()
+        self.before_next_change = self._gate.before_next_change
 
     def change(self, by: float = 1.0) -> None:
         """What an optimizer's step does: wait for who still reads, then write."""
-        waiting, self._waiting = self._waiting, []
-        for fn in waiting:
-            fn()
+        self._gate.open()
         for name in self.shapes:
             self.memory(name).add_(by)
