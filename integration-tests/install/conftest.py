@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 import venv
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
         if package not in made:
             folder = tmp_path_factory.mktemp(package)
             venv.EnvBuilder(symlinks=True).create(folder)
-            layer = os.environ.get("DS_TORCH_SITE", str(Path(torch.__file__).parents[1]))
+            layer = Path(os.environ.get("DS_TORCH_SITE", Path(torch.__file__).parents[1])).resolve()
             (site_packages(folder) / "_torch_layer.pth").write_text(f"{layer}\n")
             pip(folder, "install", "-c", str(DIST / "constraints.txt"), package)
             made[package] = folder
@@ -57,32 +56,39 @@ def pip(folder: Path, *args: str) -> str:
     return done.stdout
 
 
-def project(package: str) -> dict[str, object]:
-    text = (ROOT / "packages" / package / "pyproject.toml").read_text()
-    table: dict[str, object] = tomllib.loads(text)["project"]
-    return table
+Probe = Callable[..., dict[str, object]]
 
 
 @pytest.fixture
-def probe(environment: Callable[[str], Path], tmp_path: Path) -> Callable[..., dict[str, object]]:
-    """Run the probe in a package's environment with an empty home; what it saw, printed and left behind."""
+def probe_in(tmp_path: Path) -> Probe:
+    """`probe_in(python, module, what)` runs probe.py with an empty home: what it saw, printed and left behind."""
+    places = {name: tmp_path / name for name in ("HOME", "TMPDIR", "cwd")}
+    script, result = Path(__file__).with_name("probe.py"), tmp_path / "result.json"
 
-    def run(package: str, what: str) -> dict[str, object]:
-        places = {name: tmp_path / name for name in ("HOME", "TMPDIR", "cwd")}
+    def run(python: str, module: str, what: str, path: str = "") -> dict[str, object]:
         for place in places.values():
             place.mkdir(exist_ok=True)
         env = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "PYTHON", "DS_"))}
-        env |= {name: str(places[name]) for name in ("HOME", "TMPDIR")}
-        python = str(environment(package) / "bin" / "python")
-        script = Path(__file__).with_name("probe.py")
-        result = tmp_path / "result.json"
-        command = [python, str(script), package.replace("-", "_"), what, str(result)]
+        env |= {"HOME": str(places["HOME"]), "TMPDIR": str(places["TMPDIR"]), "PYTHONPATH": path}
+        command = [python, str(script), module, what, str(result)]
         done = subprocess.run(
             command, capture_output=True, text=True, env=env, cwd=places["cwd"], timeout=120
         )
         assert done.returncode == 0, done.stderr
         seen: dict[str, object] = json.loads(result.read_text())
         left = sorted(str(p) for place in places.values() for p in place.rglob("*"))
-        return seen | {"printed": done.stdout + done.stderr, "left": left}
+        after_torch = [text.partition("-- torch is imported --\n")[2] for text in (done.stdout, done.stderr)]
+        return seen | {"printed": "".join(after_torch), "left": left}
+
+    return run
+
+
+@pytest.fixture
+def probe(environment: Callable[[str], Path], probe_in: Probe) -> Probe:
+    """`probe(package, what)`: the same, in the package's own environment."""
+
+    def run(package: str, what: str) -> dict[str, object]:
+        python = str(environment(package) / "bin" / "python")
+        return probe_in(python, package.replace("-", "_"), what)
 
     return run

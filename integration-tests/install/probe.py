@@ -21,7 +21,12 @@ def state() -> dict[str, object]:
     return {"tasks": len(tasks), "threads": threading.active_count(), "children": children}
 
 
+MARK = "-- torch is imported --"  # what torch prints is torch's: it warns where numpy is not installed
+
+
 def main(package: str, what: str, result: str) -> None:
+    print(MARK, flush=True)
+    print(MARK, file=sys.stderr, flush=True)
     before = state()
     start = time.perf_counter()
     module = importlib.import_module(package)

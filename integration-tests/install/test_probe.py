@@ -1,0 +1,34 @@
+"""The probe itself: what a loud package does is seen, and a quiet one is not accused."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+LOUD = """
+import subprocess, sys, threading, time
+from pathlib import Path
+
+print("to stdout")
+print("to stderr", file=sys.stderr)
+(Path.home() / ".ds").touch()
+Path("here").touch()
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+subprocess.Popen(["sleep", "5"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+time.sleep(0.3)
+"""
+
+
+def test_loud_package_is_heard(tmp_path: Path, probe_in: Callable[..., dict]):
+    (tmp_path / "loud.py").write_text(LOUD)
+    seen = probe_in(sys.executable, "loud", "package", path=str(tmp_path))
+    assert seen["printed"] == "to stdout\nto stderr\n"
+    assert [Path(p).name for p in seen["left"]] == [".ds", "here"]
+    assert seen["after"]["threads"] == seen["before"]["threads"] + 1
+    assert len(seen["after"]["children"]) == 1
+    assert seen["seconds"] > 0.3
+
+
+def test_quiet_package_is_not_accused(tmp_path: Path, probe_in: Callable[..., dict]):
+    (tmp_path / "quiet.py").write_text("import json\n")
+    seen = probe_in(sys.executable, "quiet", "package", path=str(tmp_path))
+    assert (seen["printed"], seen["left"], seen["after"]) == ("", [], seen["before"])
