@@ -1,3 +1,28 @@
-"""ds-zero."""
+"""ZeRO stages 1, 2 and 3: shards optimizer state, gradients and parameters over data-parallel ranks."""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+# public name -> module that defines it
+_HOME: dict[str, str] = {
+    "Zero": "ds_zero.zero",
+    "ZeroOwner": "ds_zero.owner",
+    "clip_grad_norm_": "ds_core.train.clip",
+    "full_tensor": "ds_zero.full",
+    "shard": "ds_zero.zero",
+}
+
+__all__ = ["Zero", "ZeroOwner", "__version__", "clip_grad_norm_", "full_tensor", "shard"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

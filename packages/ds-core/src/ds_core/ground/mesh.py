@@ -1,0 +1,164 @@
+"""Degrees of parallelism -> named views over the ranks; the only creator of process groups."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from ds_core.ground.accelerator import Accelerator
+from ds_core.ground.collectives import LocalCommunicator, TorchCommunicator, WireLog
+from ds_core.ground.ticket import Ticket
+
+AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+DEFAULT_TIMEOUT_S = 600.0
+
+
+def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
+    """Join the job that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+    True when torch.distributed is initialised afterwards. Without RANK and WORLD_SIZE this is one process
+    and nothing is started. Calling it twice is harmless.
+    """
+    if dist.is_initialized():
+        return True
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return False
+    accelerator = accelerator or Accelerator.current()
+    accelerator.activate()
+    if os.environ.get("MASTER_ADDR") is None and os.environ["WORLD_SIZE"] == "1":
+        with tempfile.TemporaryDirectory() as folder:
+            store = dist.FileStore(f"{folder}/store", 1)
+            dist.init_process_group(
+                accelerator.comm_backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
+            )
+        return True
+    dist.init_process_group(accelerator.comm_backend, timeout=timedelta(seconds=timeout_s))
+    return True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Topology:
+    """Degrees of each parallelism. Pure data; at most one -1 means "whatever is left"."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    cp: int = 1
+    tp: int = 1
+
+    def degrees(self, world: int) -> dict[str, int]:
+        """Axis -> size, with -1 filled in. Raises ValueError when they do not multiply to `world`."""
+        given = {f.name: int(getattr(self, f.name)) for f in fields(self)}
+        free = [axis for axis, size in given.items() if size == -1]
+        fixed = math.prod(size for size in given.values() if size != -1)
+        if len(free) > 1 or any(size == 0 or size < -1 for size in given.values()):
+            raise ValueError(f"degrees must be positive, at most one of them -1; got {given}")
+        if free and world % fixed == 0:
+            given[free[0]] = world // fixed
+        if math.prod(given.values()) != world:
+            raise ValueError(
+                f"degrees {given} need {'a multiple of ' if free else ''}{fixed} ranks, the job has {world}: "
+                "change a degree or the number of ranks"
+            )
+        return given
+
+    def build(self, accelerator: Accelerator | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Mesh:
+        """Lay the ranks of the job out as a mesh, last axis fastest. Joins the job if that is still to do."""
+        accelerator = accelerator or Accelerator.current()
+        init_distributed(accelerator, timeout_s=timeout_s)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        return Mesh(accelerator, self.degrees(world), timeout_s=timeout_s)
+
+
+class Mesh:
+    """Every named view over the ranks: axes pp, dp_replicate, dp_shard, cp, tp.
+
+    Collective: all ranks of the job ask for communicators in the same order.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, degrees: Mapping[str, int], *, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        self.accelerator = accelerator
+        self.timeout_s = timeout_s
+        self.log = WireLog()
+        self._degrees = dict(degrees)
+        self._grid = torch.arange(math.prod(degrees.values())).view(*degrees.values())
+        me = dist.get_rank() if dist.is_initialized() else 0
+        place = (self._grid == me).nonzero()[0].tolist()
+        self._place = dict(zip(degrees, place, strict=True))
+        self._communicators: dict[tuple[str, str], TorchCommunicator | LocalCommunicator] = {}
+
+    def size(self, axis: str) -> int:
+        return self._degrees[axis]
+
+    def rank(self, axis: str) -> int:
+        """This process's place along `axis`."""
+        return int(self._place[axis])
+
+    @property
+    def world(self) -> int:
+        return self._grid.numel()
+
+    def communicator(self, axis: str, channel: str = "main") -> TorchCommunicator | LocalCommunicator:
+        """The collectives along `axis`. Each `channel` is a process group of its own.
+
+        Two kinds of collective whose relative order may differ between ranks (gathers and reductions in a
+        backward pass) must not share a group. The channel "control" is always on the CPU.
+        """
+        key = (axis, channel)
+        if key not in self._communicators:
+            if self.size(axis) == 1:
+                self._communicators[key] = LocalCommunicator(self.accelerator.device)
+            else:
+                self._communicators[key] = self._create(axis, channel)
+        return self._communicators[key]
+
+    def _create(self, axis: str, channel: str) -> TorchCommunicator:
+        device = torch.device("cpu") if channel == "control" else self.accelerator.device
+        backend = None
+        if channel == "control" and dist.get_backend() not in ("gloo", "fake"):
+            backend = "gloo"
+        dim = list(self._degrees).index(axis)
+        rows = self._grid.movedim(dim, -1).reshape(-1, self.size(axis)).tolist()
+        mine: ProcessGroup | None = None
+        for ranks in rows:
+            group = dist.new_group(
+                ranks, backend=backend, timeout=timedelta(seconds=self.timeout_s), group_desc=f"{axis}-{channel}"
+            )
+            if dist.get_rank() in ranks:
+                mine = group
+        assert mine is not None
+        return TorchCommunicator(mine, device, log=self.log, axis=axis)
+
+    def group(self, axis: str) -> ProcessGroup:
+        """The process group behind `communicator(axis)`. Raises ValueError on an axis of one rank."""
+        communicator = self.communicator(axis)
+        if isinstance(communicator, LocalCommunicator):
+            raise ValueError(f"axis {axis!r} has one rank and therefore no process group")
+        return communicator.group
+
+    def device_mesh(self) -> DeviceMesh:
+        """The same layout as torch's DeviceMesh, for code that speaks DTensor."""
+        return DeviceMesh(
+            self.accelerator.device.type, self._grid, mesh_dim_names=tuple(self._degrees), _init_backend=True
+        )
+
+    def barrier(self) -> None:
+        """Every rank of the job has come here."""
+        if dist.is_initialized() and self.world > 1:
+            dist.barrier()
+
+    def broadcast_everywhere(self, tensor: torch.Tensor) -> Ticket:
+        """In place, from rank 0 along every data-parallel axis."""
+        tickets = [self.communicator(axis).broadcast(tensor) for axis in ("dp_replicate", "dp_shard")]
+        return Ticket(tickets)

@@ -1,0 +1,139 @@
+"""The hooks that every owner registers: gradients into the reducer, whole parameters for state_dict."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from ds_core.state.owner import FlatOwner
+    from ds_core.state.unit import FlatUnit
+
+_DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def dtype_of(name: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating point dtype from its name. Raises ValueError listing the names."""
+    if name is None or isinstance(name, torch.dtype):
+        if name is not None and name not in _DTYPES.values():
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {name}")
+        return name
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def in_backward() -> bool:
+    """Is autograd running a backward on this thread? (torch offers no public question)"""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def at_end_of_backward(fn: Any) -> None:
+    """Run `fn` when the backward that is running now has finished."""
+    Variable._execution_engine.queue_callback(fn)  # type: ignore[attr-defined]
+
+
+class OwnerHooks:
+    """Registers everything on the user's module and parameters, and can take it all away again."""
+
+    def __init__(self, owner: FlatOwner) -> None:
+        self._owner = owner
+        self.handles: list[RemovableHandle] = []
+        for index, unit in enumerate(owner.trainable):
+            for slot, param in enumerate(unit.params):
+                self.handles.append(param.register_post_accumulate_grad_hook(self._taker(index, slot)))
+        holders = self._holders()
+        for module, units in holders.items():
+            self._hook_state_dict(module, units)
+        self._zero_grad = owner.model.zero_grad
+        owner.model.zero_grad = self._dropping  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """The module is an ordinary one again (its parameters stay views of the unit's buffers)."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        del self._owner.model.zero_grad
+
+    def _dropping(self, set_to_none: bool = True) -> None:
+        """`model.zero_grad()` must drop the shards' gradients too, or the next step would use them."""
+        self._zero_grad(set_to_none)
+        self._owner.zero_grad()
+
+    def _taker(self, index: int, slot: int) -> Any:
+        owner = self._owner
+
+        def take(param: Tensor) -> None:
+            grad = param.grad
+            if grad is None:
+                return
+            self.open_round()
+            complete = owner.reducer.take(index, slot, grad)
+            param.grad = None
+            if complete:
+                self.unit_done(owner.trainable[index])
+
+        return take
+
+    def open_round(self) -> None:
+        """The first sign of a backward: open the reducer's round, and close it when autograd is done."""
+        if not self._owner.reducer.in_round:
+            self._owner.reducer.open_round()
+            at_end_of_backward(self.close_round)
+
+    def close_round(self) -> None:
+        self._owner.reducer.close_round()
+
+    def unit_done(self, unit: FlatUnit) -> None:
+        """All gradients of a unit are taken (sharded parameters are let go here)."""
+
+    # -- state_dict and load_state_dict on the user's module -----------------------------------------------
+
+    def _holders(self) -> dict[nn.Module, list[FlatUnit]]:
+        """Module -> units of the parameters that it holds directly."""
+        place = {id(param): unit for unit in self._owner.units for param in unit.params}
+        found: dict[nn.Module, list[FlatUnit]] = {}
+        for module in self._owner.model.modules():
+            units = dict.fromkeys(place[id(p)] for p in module._parameters.values() if p is not None)
+            if units:
+                found[module] = list(units)
+        return found
+
+    def _hook_state_dict(self, module: nn.Module, units: list[FlatUnit]) -> None:
+        """`state_dict()` gives whole values and `load_state_dict()` reaches masters. Collective if sharded."""
+        owner, open_contexts = self._owner, []
+
+        def enter(*args: Any) -> None:
+            context = owner.whole(units)
+            context.__enter__()
+            open_contexts.append(context)
+
+        def leave_saved(module: nn.Module, state: dict[str, Any], prefix: str, meta: Any) -> None:
+            if any(not unit.keep_whole for unit in units):
+                for name in module._parameters:
+                    if isinstance(state.get(prefix + name), Tensor):
+                        state[prefix + name] = state[prefix + name].detach().clone()
+            open_contexts.pop().__exit__(None, None, None)
+
+        def leave_loaded(module: nn.Module, incompatible: Any) -> None:
+            owner.changing()
+            for unit in units:
+                unit.absorb_whole()
+            open_contexts.pop().__exit__(None, None, None)
+
+        self.handles.append(module.register_state_dict_pre_hook(enter))
+        self.handles.append(module.register_state_dict_post_hook(leave_saved))
+        self.handles.append(module.register_load_state_dict_pre_hook(enter))
+        self.handles.append(module.register_load_state_dict_post_hook(leave_loaded))

@@ -1,0 +1,312 @@
+"""Who owns every parameter's bytes: the flat runtime that all stages share, and stage 0 itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ds_core.ground.mesh import Mesh, Topology
+from ds_core.protocols import Codec, Store
+from ds_core.state.hooks import OwnerHooks, dtype_of
+from ds_core.state.layout import Cut
+from ds_core.state.reduce import GradReducer
+from ds_core.state.shard import FlatShard, Json, SavedTensor
+from ds_core.state.store import DeviceStore
+from ds_core.state.unit import FlatUnit, Precision, Whole
+from ds_core.state.units import UnitPlan, plan_units
+
+# parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter
+_OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def owner_of(param: Tensor) -> FlatOwner:
+    """The owner that a parameter was handed to. Raises LookupError for an ordinary parameter."""
+    owner = _OWNERS.get(param)
+    if owner is None:
+        raise LookupError("this tensor is no parameter of a sharded model; shard the model first")
+    assert isinstance(owner, FlatOwner)
+    return owner
+
+
+class FlatOwner:
+    """Parameters in flat units, gradients through one reducer, in place on the user's own module.
+
+    `sharded`: each rank keeps 1/world of masters, gradients and optimizer state along the data axis.
+    Subclasses say what stays whole (`keep_whole`, `whole_grads`) and how stale copies are refreshed.
+    Collective: construction broadcasts rank 0's parameters and buffers, so ranks need no common seed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh | None,
+        *,
+        sharded: bool,
+        whole_grads: bool,
+        precision: Precision,
+        store: Store | None = None,
+        **options: object,
+    ) -> None:
+        self.model = model
+        self.mesh = mesh or Topology().build()
+        self.device = self.mesh.accelerator.device
+        self.axis = _data_axis(self.mesh)
+        self.sharded = sharded
+        self.precision = precision
+        self.store: Store = store or DeviceStore()
+        settings = _Options(**options)  # type: ignore[arg-type]
+        self.cut = settings.cut
+        self.comm = self.mesh.communicator(self.axis, "reduce")
+        self.gather_comm = self.mesh.communicator(self.axis, "gather")
+        self.control = self.mesh.communicator(self.axis, "control")
+        self._keep_whole = settings.keep_whole
+        self._refuse_owned(model)
+        self.units = [self._make_unit(plan) for plan in plan_units(model, bucket_numel=settings.bucket_numel)]
+        for unit in self.units:
+            self._fill(unit)
+        for buffer in model.buffers():
+            self.comm.broadcast(buffer).wait()
+        self.trainable = [unit for unit in self.units if unit.trainable]
+        self.reducer = GradReducer(
+            self.trainable,
+            self.comm,
+            self.control,
+            sharded=sharded,
+            whole_grads=whole_grads,
+            codec=settings.reduce,
+            overlap=settings.overlap,
+        )
+        self.hooks = OwnerHooks(self)
+        self._place: dict[int, tuple[FlatUnit, int]] = {
+            id(param): (unit, index) for unit in self.units for index, param in enumerate(unit.params)
+        }
+        for unit in self.units:
+            for param in unit.params:
+                _OWNERS[param] = self
+        self._before_change: list[Callable[[], None]] = []
+        self.mesh.log.clear()
+
+    # -- construction --------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _refuse_owned(model: nn.Module) -> None:
+        owned = [name for name, param in model.named_parameters() if param in _OWNERS]
+        if owned:
+            raise ValueError(f"{owned[0]} (and {len(owned) - 1} more) is sharded already; shard a model once")
+
+    def _make_unit(self, plan: UnitPlan) -> FlatUnit:
+        world = self.comm.world if self.sharded else 1
+        rank = self.comm.rank if self.sharded else 0
+        return FlatUnit(
+            plan,
+            world=world,
+            rank=rank,
+            device=self.device,
+            precision=self.precision,
+            cut=self.cut,
+            keep_whole=self._keep_whole(plan),
+        )
+
+    def _fill(self, unit: FlatUnit) -> None:
+        flat = unit.flatten()
+        self.comm.broadcast(flat).wait()
+        unit.adopt(flat, self.store)
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    @property
+    def shards(self) -> Sequence[FlatUnit]:
+        """What an optimizer updates: every trainable unit's slice on this rank."""
+        return self.trainable
+
+    @contextlib.contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        """Brackets one forward and backward; `last` lets gradients that stay whole be reduced in it."""
+        self.reducer.last = last
+        try:
+            yield
+        finally:
+            self.reducer.last = None
+
+    def drain(self) -> None:
+        """Collective: all shards' gradients are final after this. Calling it twice costs nothing."""
+        self.reducer.drain()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, reduced or not."""
+        self.reducer.clear()
+
+    def before_next_change(self, fn: Callable[[], None]) -> None:
+        """Call `fn` once, right before masters next change (a checkpoint that still copies them)."""
+        self._before_change.append(fn)
+
+    def changing(self) -> None:
+        """Masters are about to change."""
+        waiting, self._before_change = self._before_change, []
+        for fn in waiting:
+            fn()
+
+    def publish(self, *, wait: bool = True, copied: frozenset[str] = frozenset()) -> None:
+        """Masters changed: bring everything that is whole up to date.
+
+        `copied`: keys of units whose shard in the parameters' dtype is up to date already (an optimizer that
+        writes it in the same pass). Without `wait` the gathers are left under way; the next use waits.
+        """
+        self.reducer.forget_taken()
+        for unit in self.trainable:
+            if unit.key not in copied:
+                unit.refresh_local()
+            self._publish_unit(unit)
+        if wait:
+            self.settle()
+
+    def _publish_unit(self, unit: FlatUnit) -> None:
+        unit.arrive()
+
+    def settle(self) -> None:
+        """Everything that is on its way has arrived."""
+        for unit in self.units:
+            if unit.state is Whole.COMING:
+                unit.arrive(unit.ticket)
+
+    @contextlib.contextmanager
+    def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:
+        """Parameters of `units` are whole inside. Collective where they are sharded."""
+        self.settle()
+        yield
+
+    # -- looking -------------------------------------------------------------------------------------------
+
+    def place(self, param: Tensor) -> tuple[FlatUnit, int]:
+        """The unit and slot number of a parameter. Raises LookupError for a stranger."""
+        found = self._place.get(id(param))
+        if found is None:
+            raise LookupError("this tensor is no parameter of the sharded model")
+        return found
+
+    def named_buffers(self) -> dict[str, Tensor]:
+        """The buffers that belong into a checkpoint: registered as persistent, each under one name."""
+        found: dict[str, Tensor] = {}
+        for prefix, module in self.model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and name not in module._non_persistent_buffers_set:
+                    found[f"{prefix}.{name}" if prefix else name] = buffer
+        return found
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def written_part(self, unit: FlatUnit) -> range:
+        """Elements of the unit's shard that this rank writes: all, or 1/world of what every rank holds."""
+        numel = unit.layout.shard_numel
+        if self.sharded:
+            return range(numel)
+        each = -(-numel // self.comm.world)
+        return range(min(numel, each * self.comm.rank), min(numel, each * (self.comm.rank + 1)))
+
+    def flat_shards(self, unit: FlatUnit, values: Tensor, part: range | None = None) -> dict[str, FlatShard]:
+        """`values` [shard_numel] of a unit as named shards, cut to `part` of the shard."""
+        found = {}
+        part = range(unit.layout.shard_numel) if part is None else part
+        for overlap in unit.layout.overlaps(unit.rank):
+            low, high = max(overlap.local[0], part.start), min(overlap.local[1], part.stop)
+            if low < high:
+                begin = overlap.begin + low - overlap.local[0]
+                found[overlap.slot.fqn] = FlatShard(values[low:high], overlap.slot.shape, begin)
+        return found
+
+    def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
+        """Parameters (masters where there are any) as this rank's shards, buffers whole, tied names."""
+        self.settle()
+        state: dict[str, Tensor | FlatShard | Json] = {}
+        for unit in self.units:
+            state |= self.flat_shards(unit, unit.values().detach(), self.written_part(unit))
+        state |= self.named_buffers()
+        state["aliases"] = self._aliases()
+        return state
+
+    def _aliases(self) -> dict[str, str]:
+        first: dict[int, str] = {}
+        aliases = {}
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            if first.setdefault(id(param), name) != name:
+                aliases[name] = first[id(param)]
+        return aliases
+
+    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
+        """Masters, frozen shards and buffers, after every name and shape has been compared."""
+        shapes = {slot.fqn: slot.shape for unit in self.units for slot in unit.layout.slots}
+        shapes |= {name: buffer.shape for name, buffer in self.named_buffers().items()}
+        check_shapes(shapes, {name: info.shape for name, info in saved.items()})
+        self.changing()
+        self.settle()
+        targets: dict[str, Tensor | FlatShard] = {}
+        for unit in self.units:
+            targets |= self.flat_shards(unit, unit.values().detach())
+        return targets | self.named_buffers()
+
+    def load_state_dict(self, values: Mapping[str, Json]) -> None:
+        """After the targets are filled: refresh every copy that is not the master. Collective."""
+        self.zero_grad()
+        for unit in self.units:
+            unit.refresh_local()
+            self._publish_unit(unit)
+        self.settle()
+
+
+class _Options:
+    """Settings with one default each, shared by the owners."""
+
+    def __init__(
+        self,
+        *,
+        cut: Cut = "flat",
+        bucket_numel: int = 1_000_000,
+        reduce: Codec | None = None,
+        overlap: bool = True,
+        keep_whole: Callable[[UnitPlan], bool] = lambda plan: True,
+    ) -> None:
+        self.cut, self.bucket_numel, self.reduce = cut, bucket_numel, reduce
+        self.overlap, self.keep_whole = overlap, keep_whole
+
+
+class ReplicatedOwner(FlatOwner):
+    """Stage 0: plain data parallel over flat buckets. Every rank holds and updates everything."""
+
+    def __init__(
+        self, model: nn.Module, mesh: Mesh | None = None, *, dtype: torch.dtype | str | None = None, **options: object
+    ) -> None:
+        precision = Precision(param=dtype_of(dtype))
+        super().__init__(model, mesh, sharded=False, whole_grads=True, precision=precision, **options)
+
+
+def check_shapes(mine: Mapping[str, Sequence[int]], saved: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError listing every name that is missing, unknown or of another shape, with both shapes."""
+    faults = [f"  {name}: in the model {tuple(mine[name])}, not in the checkpoint" for name in mine if name not in saved]
+    faults += [f"  {name}: in the checkpoint {tuple(saved[name])}, not in the model" for name in saved if name not in mine]
+    faults += [
+        f"  {name}: in the model {tuple(mine[name])}, in the checkpoint {tuple(saved[name])}"
+        for name in mine
+        if name in saved and tuple(mine[name]) != tuple(saved[name])
+    ]
+    if faults:
+        shown = "\n".join(faults[:20]) + (f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise ValueError(
+            f"the checkpoint is of another model, {len(faults)} tensors differ:\n{shown}\n"
+            "build the model that was saved, or load the checkpoint it was saved to; nothing was changed"
+        )
+
+
+def _data_axis(mesh: Mesh) -> str:
+    """The one axis of more than one rank along which data differs."""
+    axes = [axis for axis in ("dp_replicate", "dp_shard") if mesh.size(axis) > 1]
+    if len(axes) == 2:
+        raise ValueError(
+            f"dp_replicate={mesh.size('dp_replicate')} with dp_shard={mesh.size('dp_shard')}: hybrid sharding is not "
+            "there yet; give all data-parallel ranks to one of the two"
+        )
+    return axes[0] if axes else "dp_shard"
+

@@ -1,0 +1,256 @@
+"""From autograd's gradients to this rank's reduced shards: take, launch in one order, drain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_core.ground.codec import CastCodec, reduce_coded
+from ds_core.ground.ticket import Ticket
+from ds_core.protocols import Codec, Communicator
+from ds_core.state.unit import FlatUnit
+
+IN_FLIGHT = 2  # reductions under way at once: enough to overlap, few enough to bound memory
+
+
+@dataclass(slots=True)
+class _Pending:
+    """Gradients of one unit that have not been reduced yet."""
+
+    bucket: Tensor | None
+    filled: list[bool]
+    missing: int  # slots without a gradient in this round
+
+
+class GradReducer:
+    """Collects gradients into flat buckets and reduces each bucket once in every round.
+
+    A round is one outermost backward. [Note: one order for all ranks] Units are launched in one order that
+    all ranks share, each at most once in a round: a unit whose gradients are complete waits for those before
+    it, and at the end of the round the rest is launched with zeros in place of what never came. A rank
+    where a parameter went unused therefore issues the same collectives as the others. Gradients that come
+    after their unit's launch (a module run twice under re-entrant checkpointing) wait for the next round
+    or for `drain`, where ranks first agree on what is left.
+
+    With `whole_grads` gradients stay whole over micro batches, and only the last round before the optimizer
+    step launches. Which round is the last is learned from the step before; a wrong guess costs bytes, never
+    correctness, since reduction is linear.
+    """
+
+    def __init__(
+        self,
+        units: Sequence[FlatUnit],
+        comm: Communicator,
+        control: Communicator,
+        *,
+        sharded: bool,
+        whole_grads: bool,
+        codec: Codec | None = None,
+        overlap: bool = True,
+    ) -> None:
+        self.units = list(units)
+        self.order = list(reversed(range(len(self.units))))
+        self.last: bool | None = None  # said by the engine; None: guess
+        self.in_round = False
+        self._comm, self._control = comm, control
+        self._sharded, self._whole_grads, self._codec, self._overlap = sharded, whole_grads, codec, overlap
+        self._pending = [_Pending(None, [False] * len(u.params), len(u.params)) for u in self.units]
+        self._in_flight: list[Ticket] = []
+        self._cursor = 0
+        self._launching = False
+        self._rounds = 0
+        self._expected_rounds: int | None = None
+        self._unreduced = False
+        self._seen = [[False] * len(u.params) for u in self.units]
+        self._finished: list[int] = []  # completion order of the first round
+        self._drained = True
+
+    # -- during backward -----------------------------------------------------------------------------------
+
+    def open_round(self) -> None:
+        """A backward has begun."""
+        if self.in_round:
+            return
+        self.in_round = True
+        self._drained = False
+        self._cursor = 0
+        for unit_pending in self._pending:
+            unit_pending.missing = len(unit_pending.filled)
+        guess = self._expected_rounds == self._rounds + 1 if self.last is None else self.last
+        self._launching = not self._whole_grads or guess
+
+    def take(self, index: int, slot_index: int, grad: Tensor) -> bool:
+        """Copy one gradient into its bucket. True when the unit has all of them for this round."""
+        pending, unit = self._pending[index], self.units[index]
+        if grad.is_sparse:
+            name = unit.layout.slots[slot_index].fqn
+            raise ValueError(f"{name} has a sparse gradient; build its module with sparse=False")
+        if pending.bucket is None:
+            pending.bucket = self._new_bucket(unit)
+            pending.filled = [False] * len(pending.filled)
+        slot = unit.layout.slots[slot_index]
+        here = pending.bucket[slot.start : slot.end].view(slot.shape)
+        if pending.filled[slot_index]:
+            here.add_(grad)
+        else:
+            here.copy_(grad)
+            pending.filled[slot_index] = True
+        self._seen[index][slot_index] = True
+        pending.missing -= 1
+        if pending.missing != 0:
+            return False
+        self._finished.append(index)
+        if self._launching and self._overlap:
+            self._launch_ready()
+        return True
+
+    def close_round(self) -> None:
+        """The backward has ended: launch what is left of this round."""
+        if not self.in_round:
+            return
+        if self._launching:
+            while self._cursor < len(self.order):
+                self._launch(self.order[self._cursor])
+                self._cursor += 1
+        self._unreduced = not self._launching
+        self._rounds += 1
+        self.in_round = False
+
+    def _new_bucket(self, unit: FlatUnit) -> Tensor:
+        """In the wire's dtype if it leaves in this round, else in the dtype that gradients accumulate in."""
+        dtype = unit.grad_dtype
+        if self._launching and not self._unreduced:
+            dtype = self._codec.dtype if isinstance(self._codec, CastCodec) else unit.dtype
+        return self._comm.allocate(unit.layout.numel, dtype)
+
+    def _launch_ready(self) -> None:
+        while self._cursor < len(self.order) and self._pending[self.order[self._cursor]].missing <= 0:
+            self._launch(self.order[self._cursor])
+            self._cursor += 1
+
+    def _launch(self, index: int) -> None:
+        pending, unit = self._pending[index], self.units[index]
+        bucket = self._complete(pending, unit)
+        pending.bucket = None
+        if not self._sharded:
+            ticket = self._all_reduce(unit, bucket)
+        else:
+            accumulate = unit.gradient is not None
+            if unit.gradient is None:
+                unit.gradient = torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
+            ticket = reduce_coded(
+                self._comm, self._codec, unit.gradient, bucket, scale=1.0 / self._comm.world, accumulate=accumulate
+            )
+        self._in_flight.append(ticket)
+        while len(self._in_flight) > (IN_FLIGHT if self._overlap else 0):
+            self._in_flight.pop(0).wait()
+
+    def _complete(self, pending: _Pending, unit: FlatUnit) -> Tensor:
+        """The bucket with zeros where nothing came and in the padding, in the wire's dtype."""
+        bucket = pending.bucket
+        if bucket is None:
+            bucket = self._new_bucket(unit).zero_()
+        else:
+            at = 0
+            slots = sorted(zip(unit.layout.slots, pending.filled, strict=True), key=lambda s: s[0].start)
+            for slot, filled in slots:
+                if at < slot.start:
+                    bucket[at : slot.start].zero_()
+                if not filled:
+                    bucket[slot.start : slot.end].zero_()
+                at = slot.end
+            bucket[at:].zero_()
+        if self._codec is None and bucket.dtype != unit.dtype:
+            return bucket.to(unit.dtype)
+        return bucket
+
+    def _all_reduce(self, unit: FlatUnit, bucket: Tensor) -> Ticket:
+        """Stage 0: every rank keeps the whole mean."""
+        if isinstance(self._codec, CastCodec) and bucket.dtype != self._codec.dtype:
+            bucket = bucket.to(self._codec.dtype)
+        scale = 1.0 / self._comm.world
+
+        def keep() -> None:
+            if unit.gradient is not None:
+                unit.gradient.add_(bucket, alpha=scale)
+            elif bucket.dtype == unit.grad_dtype:
+                unit.gradient = bucket if self._comm.world == 1 else bucket.mul_(scale)
+            else:
+                unit.gradient = bucket.to(unit.grad_dtype).mul_(scale)
+
+        return Ticket([self._comm.all_reduce(bucket)], keepalive=(bucket,), finish=keep)
+
+    # -- at the step ---------------------------------------------------------------------------------------
+
+    def drain(self) -> None:
+        """All gradients final: launch what was kept back, agree on what else is left, wait for everything.
+
+        Collective. Afterwards each unit's `gradient` and `has_grad` hold. Raises RuntimeError when a backward
+        ended by an exception and its gradients were not dropped.
+        """
+        if self._drained:
+            return
+        if self.in_round:
+            raise RuntimeError(
+                "a backward did not finish (it raised?), so gradients are incomplete: call optimizer.zero_grad() "
+                "and run the batch again"
+            )
+        if self._unreduced:
+            for index in self.order:
+                self._launch(index)
+            self._unreduced = False
+        leftover = self._agree()
+        for index in self.order:
+            if leftover[index]:
+                self._launch(index)
+        for ticket in self._in_flight:
+            ticket.wait()
+        self._in_flight.clear()
+        if self._expected_rounds is None:
+            self._learn_order()
+        self._expected_rounds, self._rounds = self._rounds, 0
+        self._drained = True
+
+    def _agree(self) -> list[bool]:
+        """Which slots got a gradient on any rank, and which units still hold some on any rank."""
+        flags = [float(seen) for slots in self._seen for seen in slots]
+        flags += [float(pending.bucket is not None) for pending in self._pending]
+        votes = torch.tensor(flags, dtype=torch.float32)
+        self._control.all_reduce(votes, op="max").wait()
+        agreed = [vote > 0 for vote in votes.tolist()]
+        at = 0
+        for unit in self.units:
+            count = len(unit.params)
+            unit.has_grad = [new or old for new, old in zip(agreed[at:], unit.has_grad, strict=False)]
+            at += count
+        return agreed[at:]
+
+    def _learn_order(self) -> None:
+        """From now on launch in the order in which rank 0's units were complete in the first round."""
+        known = list(dict.fromkeys(self._finished))
+        rest = [index for index in self.order if index not in set(known)]
+        order = torch.tensor(known + rest, dtype=torch.int64)
+        self._control.broadcast(order).wait()
+        self.order = order.tolist()
+
+    def clear(self) -> None:
+        """Forget every gradient, reduced or not. Collectives under way are waited for first."""
+        for ticket in self._in_flight:
+            ticket.wait()
+        self._in_flight.clear()
+        for unit, pending, seen in zip(self.units, self._pending, self._seen, strict=True):
+            unit.drop_grad()
+            pending.bucket = None
+            seen[:] = [False] * len(seen)
+        self.in_round = self._unreduced = False
+        self._rounds = 0
+        self._drained = True
+        self._finished.clear()
+
+    def forget_taken(self) -> None:
+        """The step has used the gradients: the next backward starts a new count of what was seen."""
+        for seen in self._seen:
+            seen[:] = [False] * len(seen)

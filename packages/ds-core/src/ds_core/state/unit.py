@@ -1,0 +1,187 @@
+"""One flat unit: a buffer whose views are the modules' parameters, and this rank's shard of it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ds_core.ground.ticket import Ticket
+from ds_core.protocols import Lease, Store
+from ds_core.state.layout import BucketLayout, Cut, plan_layout
+from ds_core.state.units import UnitPlan
+
+
+class Whole(enum.Enum):
+    """What the whole copy of a unit holds."""
+
+    ABSENT = "no bytes: only the shard exists"
+    STALE = "bytes, but older than the shards"
+    COMING = "a gather is in flight"
+    READY = "the current values"
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Dtypes of a run. `param` None leaves every parameter as it is, without masters."""
+
+    param: torch.dtype | None = None
+    grad: torch.dtype | None = None
+
+    def of_params(self, plan: UnitPlan) -> torch.dtype:
+        return self.param if self.param is not None and plan.dtype.is_floating_point else plan.dtype
+
+    def of_master(self, plan: UnitPlan) -> torch.dtype:
+        low = self.param is not None and self.param.itemsize < 4
+        return torch.float32 if low and plan.dtype.is_floating_point else self.of_params(plan)
+
+    def of_grads(self, plan: UnitPlan) -> torch.dtype:
+        return self.grad or self.of_master(plan)
+
+
+class FlatUnit:
+    """Parameters that live in one buffer.
+
+    `whole` [numel] is what modules see; `local` [shard_numel] this rank's part of it in the same dtype;
+    `master` [shard_numel] what the optimizer updates. Where nothing is lost they are the same memory:
+    `local` is a view of a `whole` that stays, and `master` is `local` unless parameters are low precision.
+
+    [Note: buffers are let go by resize] Letting the whole copy go resizes its storage to nothing, so that
+    tensors which autograd saved (the parameter's transposes and slices) come back to life when the storage
+    is filled again. The parameters themselves meanwhile show one NaN, expanded to their shape: reading
+    gives NaN and writing raises, where freed memory would crash.
+    """
+
+    def __init__(
+        self,
+        plan: UnitPlan,
+        *,
+        world: int,
+        rank: int,
+        device: torch.device,
+        precision: Precision,
+        cut: Cut = "flat",
+        keep_whole: bool = True,
+    ) -> None:
+        self.plan = plan
+        self.key = plan.key
+        self.rank = rank
+        self.trainable = plan.trainable
+        self.keep_whole = keep_whole
+        self.params: list[nn.Parameter] = [param for _, param in plan.params]
+        self.layout: BucketLayout = plan_layout(((n, p.shape) for n, p in plan.params), world, cut=cut)
+        self.dtype = precision.of_params(plan)
+        self.grad_dtype = precision.of_grads(plan)
+        self.master_dtype = precision.of_master(plan)
+        self.device = device
+        self.state = Whole.ABSENT
+        self.ticket: Ticket | None = None
+        self.gradient: Tensor | None = None
+        self.has_grad: list[bool] = [False] * len(self.params)  # per slot, on any rank; true after drain
+        self.whole: Tensor
+        self.local: Tensor
+        self._store: Store | None = None
+        self._poison = torch.full((1,), float("nan"), dtype=self.dtype, device=device) if (
+            self.dtype.is_floating_point
+        ) else torch.zeros(1, dtype=self.dtype, device=device)
+
+    @property
+    def span(self) -> slice:
+        """This rank's part of the whole buffer."""
+        begin = self.rank * self.layout.shard_numel
+        return slice(begin, begin + self.layout.shard_numel)
+
+    # -- construction --------------------------------------------------------------------------------------
+
+    def flatten(self) -> Tensor:
+        """The parameters' present values in one buffer of their own dtype [numel], padding zero."""
+        flat = torch.zeros(self.layout.numel, dtype=self.plan.dtype, device=self.device)
+        for slot, param in zip(self.layout.slots, self.params, strict=True):
+            flat[slot.start : slot.end].view(slot.shape).copy_(param.detach())
+        return flat
+
+    def adopt(self, flat: Tensor, store: Store) -> None:
+        """Take `flat` [numel] as the unit's values: cut master and shard, make the parameters views."""
+        self._store = store
+        self.whole = flat if flat.dtype == self.dtype else flat.to(self.dtype)
+        part = self.whole[self.span]
+        self.local = part if self.keep_whole else part.clone()
+        if self.trainable:
+            same = self.master_dtype == self.dtype
+            master = self.local if same else flat[self.span].to(self.master_dtype, copy=True)
+            store.create(f"{self.key}/master", master)
+        self.state = Whole.READY
+        self._point_at_whole()
+        if not self.keep_whole:
+            self.let_go()
+
+    # -- the whole copy ------------------------------------------------------------------------------------
+
+    def _point_at_whole(self) -> None:
+        for slot, param in zip(self.layout.slots, self.params, strict=True):
+            param.data = self.whole[slot.start : slot.end].view(slot.shape)
+
+    def make_room(self) -> Tensor:
+        """The whole buffer with bytes behind it, uninitialised if they were gone."""
+        nbytes = self.whole.numel() * self.whole.element_size()
+        if self.whole.untyped_storage().nbytes() != nbytes:
+            self.whole.untyped_storage().resize_(nbytes)
+        return self.whole
+
+    def arrive(self, ticket: Ticket | None = None) -> None:
+        """The whole copy is current; parameters show it."""
+        if ticket is not None:
+            ticket.wait()
+        self.ticket = None
+        self.state = Whole.READY
+        if not self.keep_whole:
+            self._point_at_whole()
+        torch.autograd.graph.increment_version(self.params)
+
+    def let_go(self) -> None:
+        """Free the whole copy. See [Note: buffers are let go by resize]."""
+        if self.ticket is not None:
+            self.ticket.wait()
+            self.ticket = None
+        for slot, param in zip(self.layout.slots, self.params, strict=True):
+            param.data = self._poison.expand(slot.shape)
+        self.whole.untyped_storage().resize_(0)
+        self.state = Whole.ABSENT
+
+    # -- what the optimizer and checkpoints see ------------------------------------------------------------
+
+    def grad(self) -> Tensor | None:
+        """[shard_numel] in the gradient dtype; final once the owner has drained."""
+        return self.gradient
+
+    def drop_grad(self) -> None:
+        self.gradient = None
+        self.has_grad = [False] * len(self.params)
+
+    def master(self) -> Lease:
+        """[shard_numel] in the master dtype. Raises ValueError for a frozen unit."""
+        if not self.trainable or self._store is None:
+            raise ValueError(f"unit {self.key!r} is frozen: it has no master copy")
+        return self._store.lease(f"{self.key}/master", self.device)
+
+    def values(self) -> Tensor:
+        """The authoritative values of this rank's part: the master, or the shard of a frozen unit."""
+        return self.master().tensor if self.trainable else self.local
+
+    def refresh_local(self) -> None:
+        """Master -> shard in the parameters' dtype (nothing to do where they are the same memory)."""
+        if self.trainable and self.master_dtype != self.dtype:
+            with self.master() as lease:
+                self.local.copy_(lease.tensor)
+
+    def absorb_whole(self) -> None:
+        """The parameters were written: whole -> shard and master."""
+        part = self.whole[self.span]
+        if self.local.data_ptr() != part.data_ptr():
+            self.local.copy_(part)
+        if self.trainable and self.master_dtype != self.dtype:
+            with self.master() as lease:
+                lease.tensor.copy_(part)
+                lease.dirty = True

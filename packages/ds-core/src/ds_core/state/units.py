@@ -1,0 +1,116 @@
+"""Which parameters travel together: a model's blocks and leaves as flat units (pure)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class UnitPlan:
+    """Parameters of one dtype and one trainability that are gathered, reduced and updated together.
+
+    `users`: the modules (full names) whose forward needs them. A parameter tied into another block is in
+    one unit with several users.
+    """
+
+    key: str
+    params: tuple[tuple[str, nn.Parameter], ...]
+    users: tuple[str, ...]
+    dtype: torch.dtype
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        return sum(param.numel() for _, param in self.params)
+
+
+@dataclass(slots=True)
+class _Atom:
+    """A module that is never split, with the parameters that it is the first to hold."""
+
+    name: str
+    module: nn.Module
+    deep: bool  # covers its whole subtree, or its direct parameters only
+    owned: list[tuple[str, nn.Parameter]] = field(default_factory=list)
+    shared: set[int] = field(default_factory=set)
+
+
+def plan_units(model: nn.Module, *, bucket_numel: int = 1_000_000) -> tuple[UnitPlan, ...]:
+    """Cut a model into units, in definition order.
+
+    The children of the outermost repeating container (ModuleList, Sequential or ModuleDict with two or more
+    children of one class) are blocks and stay whole: whatever happens inside one, however dynamic, is the
+    business of its single unit. A module with parameters of its own stays whole too, unless a repeating
+    container is below it. Everything else is cut down to its leaves. Neighbours smaller than `bucket_numel`
+    elements are put together until they reach it.
+    """
+    if bucket_numel < 1:
+        raise ValueError(f"bucket_numel must be at least 1 element, got {bucket_numel}")
+    atoms = list(_atoms("", model))
+    _assign(atoms)
+    groups: dict[tuple[torch.dtype, bool], list[tuple[list[tuple[str, nn.Parameter]], list[str]]]] = {}
+    order: list[tuple[tuple[torch.dtype, bool], int]] = []
+    for atom in atoms:
+        split: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+        for name, param in atom.owned:
+            split.setdefault((param.dtype, param.requires_grad), []).append((name, param))
+        for kind, params in split.items():
+            users = [other.name for other in atoms if other is atom or other.shared & {id(p) for _, p in params}]
+            made = groups.setdefault(kind, [])
+            if made and sum(p.numel() for _, p in made[-1][0]) < bucket_numel:
+                made[-1][0].extend(params)
+                made[-1][1].extend(user for user in users if user not in made[-1][1])
+            else:
+                made.append((params, users))
+                order.append((kind, len(made) - 1))
+    plans = []
+    for kind, index in order:
+        params, users = groups[kind][index]
+        dtype, trainable = kind
+        plans.append(UnitPlan(params[0][0], tuple(params), tuple(users), dtype, trainable))
+    return tuple(plans)
+
+
+def _atoms(name: str, module: nn.Module) -> Iterator[_Atom]:
+    if not any(True for _ in module.parameters()):
+        return
+    children = [(f"{name}.{child}" if name else child, sub) for child, sub in module.named_children()]
+    direct = any(param is not None for param in module._parameters.values())
+    if _is_repeating(module):
+        if direct:
+            yield _Atom(name, module, deep=False)
+        for child_name, child in children:
+            if any(True for _ in child.parameters()):
+                yield _Atom(child_name, child, deep=True)
+        return
+    if not children or (direct and not any(_is_repeating(sub) for sub in module.modules())):
+        yield _Atom(name, module, deep=True)
+        return
+    if direct:
+        yield _Atom(name, module, deep=False)
+    for child_name, child in children:
+        yield from _atoms(child_name, child)
+
+
+def _is_repeating(module: nn.Module) -> bool:
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        return False
+    kinds = [type(child) for child in module.children() if any(True for _ in child.parameters())]
+    return len(kinds) > len(set(kinds))
+
+
+def _assign(atoms: Sequence[_Atom]) -> None:
+    """Each parameter to the first atom that holds it; the others share it."""
+    taken: set[int] = set()
+    for atom in atoms:
+        prefix = f"{atom.name}." if atom.name else ""
+        for name, param in atom.module.named_parameters(recurse=atom.deep):
+            if id(param) in taken:
+                atom.shared.add(id(param))
+            else:
+                taken.add(id(param))
+                atom.owned.append((prefix + name, param))

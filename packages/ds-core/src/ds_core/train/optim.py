@@ -1,0 +1,319 @@
+"""Any torch optimizer over shards: the user's own object, its groups pointing at this rank's slices."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ds_core.state.layout import Cut, Overlap
+from ds_core.state.owner import FlatOwner, check_shapes
+from ds_core.state.shard import FlatShard, Json, SavedTensor
+from ds_core.state.unit import FlatUnit
+
+# torch optimizers whose update of an element looks at that element alone: their shards may be cut anywhere.
+ELEMENTWISE = frozenset(
+    {"SGD", "Adam", "AdamW", "Adagrad", "Adadelta", "Adamax", "NAdam", "RAdam", "ASGD", "RMSprop", "Rprop"}
+)
+# ... and those that look at all parameters at once, or at gradients that have no dense form.
+NOT_SHARDABLE = {
+    "LBFGS": "its line search and history couple all parameters",
+    "SparseAdam": "it needs sparse gradients, and flat buckets hold dense ones",
+}
+
+_ATTACHED: WeakKeyDictionary[Optimizer, ShardedOptimizer] = WeakKeyDictionary()
+
+
+def cut_for(optimizer: Optimizer) -> Cut:
+    """`flat` for element-wise optimizers, else `whole`: an unknown optimizer never sees part of a matrix.
+
+    An optimizer class of your own says `elementwise = True` when its update is element-wise.
+    Raises ValueError for optimizers that cannot be sharded at all.
+    """
+    kind = type(optimizer)
+    declared = getattr(kind, "elementwise", None)
+    if declared is not None:
+        return "flat" if declared else "whole"
+    if kind.__module__.startswith("torch.optim") and kind.__name__ in NOT_SHARDABLE:
+        reason = NOT_SHARDABLE[kind.__name__]
+        raise ValueError(f"{kind.__name__} cannot be sharded: {reason}; use stage 0, or another optimizer")
+    own = getattr(torch.optim, kind.__name__, None) is kind
+    return "flat" if own and kind.__name__ in ELEMENTWISE else "whole"
+
+
+def attached(optimizer: Optimizer | ShardedOptimizer) -> ShardedOptimizer:
+    """The sharded side of an optimizer that went through `shard`. Raises LookupError for any other."""
+    if isinstance(optimizer, ShardedOptimizer):
+        return optimizer
+    found = _ATTACHED.get(optimizer)
+    if found is None:
+        raise LookupError(f"this {type(optimizer).__name__} is not sharded; pass it through shard(...) first")
+    return found
+
+
+@dataclass(slots=True)
+class _Piece:
+    """The part of one parameter that this rank updates."""
+
+    unit: FlatUnit
+    overlap: Overlap
+    param: nn.Parameter  # a view of the unit's master
+
+    @property
+    def fqn(self) -> str:
+        return self.overlap.slot.fqn
+
+
+class ShardedOptimizer:
+    """Swaps shards into `optimizer.param_groups`, in place: schedulers and user code keep their object.
+
+    Groups keep their number, order and options. Before each step gradients are drained and shown as the
+    shards' `.grad`; a parameter that got no gradient on any rank keeps `.grad` None and is skipped, as in
+    plain torch. After each step the owner publishes. `optimizer.zero_grad()` drops everything.
+    Collective: `step`.
+    """
+
+    def __init__(self, optimizer: Optimizer, owner: FlatOwner, *, wait: bool = True) -> None:
+        if optimizer.state:
+            raise ValueError(
+                f"this {type(optimizer).__name__} has stepped before; shard a fresh optimizer and load its state "
+                "from a checkpoint"
+            )
+        if owner.sharded and owner.comm.world > 1 and cut_for(optimizer) == "whole" and owner.cut != "whole":
+            raise ValueError(
+                f"{type(optimizer).__name__} is not known to be element-wise, so its parameters must stay whole: "
+                'use Zero(..., cut="whole"), or declare `elementwise = True` on its class if that is true'
+            )
+        self.optimizer = optimizer
+        self.owner = owner
+        self.wait = wait  # False: the engine's own loop, where the next forward waits for the gathers
+        self.pieces: list[_Piece] = []
+        self._copied: frozenset[str] = frozenset()
+        self._swap()
+        self._offer_copy_out()
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+        optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
+        _ATTACHED[optimizer] = self
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    # -- construction --------------------------------------------------------------------------------------
+
+    def _swap(self) -> None:
+        overlaps = {
+            (id(unit), overlap.index): overlap
+            for unit in self.owner.trainable
+            for overlap in unit.layout.overlaps(unit.rank)
+        }
+        masters = {id(unit): unit.master().tensor for unit in self.owner.trainable}
+        used: set[int] = set()
+        for group in self.optimizer.param_groups:
+            shards = []
+            for param in group["params"]:
+                if not param.requires_grad:
+                    continue
+                unit, index = self._place(param)
+                used.add(id(param))
+                overlap = overlaps.get((id(unit), index))
+                if overlap is None:
+                    continue
+                view = masters[id(unit)][slice(*overlap.local)]
+                if self.owner.cut == "whole" or not self.owner.sharded:
+                    view = view.view(overlap.slot.shape)
+                piece = _Piece(unit, overlap, nn.Parameter(view))
+                self.pieces.append(piece)
+                shards.append(piece.param)
+            group["params"] = shards
+        missed = [
+            slot.fqn
+            for unit in self.owner.trainable
+            for slot, param in zip(unit.layout.slots, unit.params, strict=True)
+            if id(param) not in used
+        ]
+        if missed:
+            warnings.warn(
+                f"{len(missed)} trainable parameters are in no group of the optimizer and will not change: "
+                f"{', '.join(missed[:5])}; add them, or set requires_grad=False before sharding",
+                stacklevel=4,
+            )
+
+    def _place(self, param: Tensor) -> tuple[FlatUnit, int]:
+        try:
+            return self.owner.place(param)
+        except LookupError:
+            raise ValueError(
+                f"the optimizer holds a parameter of shape {tuple(param.shape)} that is not in the model; "
+                "build it from model.parameters()"
+            ) from None
+
+    def _offer_copy_out(self) -> None:
+        """An optimizer that can write the low precision shard in the same pass is told where to."""
+        out = getattr(self.optimizer, "copy_out", None)
+        if out is None:
+            return
+        covered: dict[str, int] = {}
+        for piece in self.pieces:
+            unit = piece.unit
+            if unit.master_dtype != unit.dtype:
+                out[piece.param] = unit.local[slice(*piece.overlap.local)]
+                covered[unit.key] = covered.get(unit.key, 0) + piece.param.numel()
+        self._copied = frozenset(
+            unit.key
+            for unit in self.owner.trainable
+            if covered.get(unit.key, 0) == sum(o.local[1] - o.local[0] for o in unit.layout.overlaps(unit.rank))
+        )
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    def show_grads(self) -> None:
+        """Drain, then point every shard's `.grad` at its reduced gradient."""
+        self.owner.drain()
+        direct = getattr(self.optimizer, "low_precision_grads", None)
+        for piece in self.pieces:
+            gradient = piece.unit.gradient
+            if gradient is None or not piece.unit.has_grad[piece.overlap.index]:
+                piece.param.grad = None
+                if direct is not None:
+                    direct.pop(piece.param, None)
+                continue
+            view = gradient[slice(*piece.overlap.local)].view(piece.param.shape)
+            if view.dtype == piece.param.dtype:
+                piece.param.grad = view
+            elif direct is not None:
+                direct[piece.param] = view
+            else:
+                piece.param.grad = view.to(piece.param.dtype)
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's reduced gradients, one flat tensor per unit: [shard_numel]. Call `show_grads` first."""
+        return [unit.gradient for unit in self.owner.trainable if unit.gradient is not None]
+
+    def _before_step(self, *_: Any) -> None:
+        self.show_grads()
+        self.owner.changing()
+
+    def _after_step(self, *_: Any) -> None:
+        # Without a gradient the optimizer skips a parameter, and with it the copy-out: the old copy is right.
+        self.owner.publish(wait=self.wait, copied=self._copied)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """The optimizer's own step, with what has to come before and after it."""
+        return self.optimizer.step(closure)  # type: ignore[arg-type]
+
+    def skip_step(self) -> None:
+        """Gradients are unusable (overflow): drop them and leave every weight as it is."""
+        self.zero_grad()
+        self.owner.reducer.forget_taken()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, whole and sharded. They are always set to None: shards are cut anew each step."""
+        for piece in self.pieces:
+            piece.param.grad = None
+        direct = getattr(self.optimizer, "low_precision_grads", None)
+        if direct is not None:
+            direct.clear()
+        self.owner.zero_grad()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def before_next_change(self, fn: Callable[[], None]) -> None:
+        """State changes exactly when masters do."""
+        self.owner.before_next_change(fn)
+
+    def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
+        """`<parameter>/<state>` as shards of the parameter's shape, and the groups' options as JSON."""
+        state: dict[str, Tensor | FlatShard | Json] = {}
+        for piece in self.pieces:
+            for name, value in self.optimizer.state.get(piece.param, {}).items():
+                if value is None:
+                    continue
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"{type(self.optimizer).__name__} keeps {name!r} as {type(value).__name__}; a checkpoint "
+                        "holds tensors: keep it as a 0-dim tensor"
+                    )
+                shard = self._written(piece, value.detach())
+                if shard is not None:
+                    state[f"{piece.fqn}/{name}"] = shard
+        state["groups"] = [self._options(group) for group in self.optimizer.param_groups]
+        return state
+
+    def _cut_like_param(self, piece: _Piece, shape: torch.Size | tuple[int, ...]) -> bool:
+        return tuple(shape) == tuple(piece.overlap.slot.shape)
+
+    def _written(self, piece: _Piece, value: Tensor) -> FlatShard | None:
+        if value.numel() != piece.param.numel() or value.dim() == 0:
+            return FlatShard(value.reshape(-1), value.shape, 0)
+        part, (low, high) = self.owner.written_part(piece.unit), piece.overlap.local
+        begin, end = max(low, part.start), min(high, part.stop)
+        if begin >= end:
+            return None
+        flat = value.reshape(-1)[begin - low : end - low]
+        return FlatShard(flat, piece.overlap.slot.shape, piece.overlap.begin + begin - low)
+
+    @staticmethod
+    def _options(group: Mapping[str, Any]) -> dict[str, Json]:
+        options: dict[str, Json] = {}
+        for key, value in group.items():
+            if key == "params":
+                continue
+            options[key] = value.item() if isinstance(value, Tensor) else value
+        return options
+
+    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
+        """Allocates the states that the checkpoint holds; each is cut as its parameter is."""
+        mine = {slot.fqn: slot.shape for unit in self.owner.trainable for slot in unit.layout.slots}
+        by_param: dict[str, dict[str, SavedTensor]] = {}
+        for full, info in saved.items():
+            fqn, _, name = full.rpartition("/")
+            by_param.setdefault(fqn, {})[name] = info
+        strangers = {fqn: () for fqn in by_param if fqn not in mine}
+        if strangers:
+            check_shapes({}, strangers)
+        self.owner.changing()
+        targets: dict[str, Tensor | FlatShard] = {}
+        for piece in self.pieces:
+            state: dict[str, Any] = {}
+            for name, info in by_param.get(piece.fqn, {}).items():
+                if self._cut_like_param(piece, info.shape) and info.shape != torch.Size([]):
+                    dtype = info.dtype
+                    state[name] = torch.zeros_like(piece.param, dtype=dtype, requires_grad=False)
+                    shard = FlatShard(state[name].view(-1), piece.overlap.slot.shape, piece.overlap.begin)
+                else:
+                    state[name] = torch.zeros(info.shape, dtype=info.dtype, device=self._scalar_device(piece, name))
+                    shard = FlatShard(state[name].view(-1), info.shape, 0)
+                targets[f"{piece.fqn}/{name}"] = shard
+            self.optimizer.state[piece.param] = state
+        return targets
+
+    def _scalar_device(self, piece: _Piece, name: str) -> torch.device:
+        """torch keeps `step` on the host unless the group is capturable or fused on a device."""
+        for group in self.optimizer.param_groups:
+            if any(param is piece.param for param in group["params"]):
+                on_device = group.get("capturable") or group.get("fused")
+                return piece.param.device if on_device or name != "step" else torch.device("cpu")
+        return piece.param.device
+
+    def load_state_dict(self, values: Mapping[str, Json]) -> None:
+        """The groups' options. Raises ValueError when the number of groups differs."""
+        groups = values["groups"]
+        if len(groups) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"the checkpoint has {len(groups)} parameter groups, the optimizer {len(self.optimizer.param_groups)}"
+            )
+        for group, options in zip(self.optimizer.param_groups, groups, strict=True):
+            for key, value in options.items():
+                old = group.get(key)
+                if isinstance(old, Tensor):
+                    old.fill_(value)
+                else:
+                    group[key] = tuple(value) if isinstance(old, tuple) else value

@@ -1,0 +1,52 @@
+"""Whole parameters when they are needed: acquire, prefetch, let go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ds_core.ground.codec import gather_coded
+from ds_core.ground.ticket import Ticket
+from ds_core.protocols import Codec, Communicator
+from ds_core.state.unit import FlatUnit, Whole
+
+
+class Gatherer:
+    """The only code that turns shards into whole parameters. Collective in everything but `release`."""
+
+    def __init__(self, comm: Communicator, codec: Codec | None) -> None:
+        self._comm = comm
+        self._codec = codec
+
+    def launch(self, unit: FlatUnit) -> None:
+        """Start bringing a unit; nothing to do where it is current or on its way."""
+        if unit.state in (Whole.READY, Whole.COMING):
+            return
+        whole = unit.make_room()
+        unit.ticket = self._gather(unit, whole)
+        unit.state = Whole.COMING
+
+    def _gather(self, unit: FlatUnit, whole: object) -> Ticket:
+        codec = self._codec if unit.dtype.is_floating_point else None
+        shard = unit.local
+        if codec is not None and unit.keep_whole:
+            # The decoded values overwrite the buffer that the shard is a view of.
+            shard = shard.clone()
+        return gather_coded(self._comm, codec, unit.whole, shard)
+
+    def acquire(self, unit: FlatUnit) -> None:
+        """The unit is whole and current afterwards."""
+        self.launch(unit)
+        if unit.state is Whole.COMING:
+            unit.arrive(unit.ticket)
+
+    def acquire_all(self, units: Sequence[FlatUnit]) -> None:
+        """Start all, then wait for all."""
+        for unit in units:
+            self.launch(unit)
+        for unit in units:
+            self.acquire(unit)
+
+    def release(self, unit: FlatUnit) -> None:
+        """Let the whole copy go, unless this unit keeps it."""
+        if not unit.keep_whole and unit.state is not Whole.ABSENT:
+            unit.let_go()

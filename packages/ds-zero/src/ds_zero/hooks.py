@@ -1,0 +1,177 @@
+"""Forward and backward hooks that make a unit whole for its users and let it go after them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+
+from ds_core.state.hooks import in_backward
+from ds_core.state.unit import FlatUnit, Whole
+from ds_zero.prefetch import OrderHint
+
+if TYPE_CHECKING:
+    from ds_zero.owner import ZeroOwner
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists, dicts and plain objects that a module returned."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, nn.Module | type):
+        for item in vars(value).values():
+            yield from tensors_in(item)
+
+
+class UseHooks:
+    """Registers the hooks of one owner and keeps the little state they need.
+
+    A unit is held while a user's forward runs (`_active`), and again from the moment a gradient reaches a
+    user's output until all of the unit's gradients are taken. Users that only look weights up by index
+    (an embedding) need none of them for their backward, so none are gathered.
+    """
+
+    def __init__(self, owner: ZeroOwner, *, prefetch_numel: int) -> None:
+        self._owner = owner
+        self._units = owner.units
+        self._index = {id(unit): index for index, unit in enumerate(self._units)}
+        self._active = [0] * len(self._units)
+        self._backward_users = [0] * len(self._units)
+        self._depth = 0
+        self._hint = OrderHint([unit.layout.numel for unit in self._units], prefetch_numel)
+        self._any_cut = any(not unit.keep_whole for unit in self._units)
+        modules = dict(owner.model.named_modules())
+        users: dict[str, list[FlatUnit]] = {}
+        for unit in self._units:
+            for name in unit.plan.users:
+                users.setdefault(name, []).append(unit)
+        root = owner.model
+        handles = owner.hooks.handles
+        handles.append(root.register_forward_pre_hook(self._enter_root))
+        for name, units in users.items():
+            lookup = _only_looks_up(modules[name])
+            before = partial(self._before_forward, units)
+            after = partial(self._after_forward, units, lookup)
+            handles.append(modules[name].register_forward_pre_hook(before))
+            handles.append(modules[name].register_forward_hook(after, with_kwargs=True, always_call=True))
+        handles.append(root.register_forward_hook(self._leave_root, always_call=True))
+
+    # -- forward -------------------------------------------------------------------------------------------
+
+    def _enter_root(self, module: nn.Module, args: Any) -> None:
+        if self._depth == 0 and not in_backward():
+            self._hint.begin()
+        self._depth += 1
+
+    def _before_forward(self, units: list[FlatUnit], module: nn.Module, args: Any) -> None:
+        gatherer = self._owner.gatherer
+        for unit in units:
+            gatherer.launch(unit)
+        backward = in_backward()
+        for unit in units:
+            index = self._index[id(unit)]
+            self._active[index] += 1
+            if self._any_cut and not backward:
+                for ahead in self._hint.use(index):
+                    gatherer.launch(self._units[ahead])
+        gatherer.acquire_all(units)
+
+    def _after_forward(
+        self, units: list[FlatUnit], lookup: bool, module: nn.Module, args: Any, kwargs: Any, output: Any
+    ) -> None:
+        backward = in_backward()
+        for unit in units:
+            index = self._index[id(unit)]
+            self._active[index] -= 1
+        if not self._any_cut:
+            return
+        waiting = torch.is_grad_enabled() and self._watch(units, lookup, (args, kwargs), output)
+        for unit in units:
+            index = self._index[id(unit)]
+            kept = waiting and not lookup and index == self._hint.last
+            if self._active[index] == 0 and not backward and not kept:
+                self._owner.gatherer.release(unit)
+
+    def _watch(self, units: list[FlatUnit], lookup: bool, inputs: Any, output: Any) -> bool:
+        """Hook the output's gradients (bring the units back) and the inputs' (frozen units may go)."""
+        outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn is not None]
+        if not outputs:
+            return False
+        register_multi_grad_hook(outputs, partial(self._before_backward, units, lookup), mode="any")
+        entering = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
+        if entering and any(not unit.trainable for unit in units):
+            register_multi_grad_hook(entering, partial(self._after_backward, units), mode="all")
+        return True
+
+    def _leave_root(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+        if self._depth != 0 or in_backward():
+            return
+        if torch.is_grad_enabled():
+            outputs = [t for t in tensors_in(output) if t.requires_grad and t.grad_fn is not None]
+            if outputs:
+                register_multi_grad_hook(outputs, self._root_backward, mode="any")
+        # What was fetched ahead for nobody, or held by a forward that raised, goes now.
+        for index, unit in enumerate(self._units):
+            self._active[index] = 0
+            if not unit.keep_whole and (index != self._hint.last or not torch.is_grad_enabled()):
+                self._owner.gatherer.release(unit)
+
+    # -- backward ------------------------------------------------------------------------------------------
+
+    def _root_backward(self, grad: Tensor) -> None:
+        self._owner.hooks.open_round()
+
+    def _before_backward(self, units: list[FlatUnit], lookup: bool, grad: Tensor) -> None:
+        self._owner.hooks.open_round()
+        gatherer = self._owner.gatherer
+        if not lookup:
+            for unit in units:
+                self._backward_users[self._index[id(unit)]] += 1
+                gatherer.launch(unit)
+        for ahead in self._hint.before(self._index[id(units[0])]):
+            if not _needs_no_backward(self._units[ahead], self._owner.model):
+                gatherer.launch(self._units[ahead])
+        if not lookup:
+            gatherer.acquire_all(units)
+
+    def _after_backward(self, units: list[FlatUnit], grads: Any) -> None:
+        """The backward of one use is over; frozen units without another use go."""
+        for unit in units:
+            index = self._index[id(unit)]
+            self._backward_users[index] = max(0, self._backward_users[index] - 1)
+            if not unit.trainable and self._backward_users[index] == 0 and self._active[index] == 0:
+                self._owner.gatherer.release(unit)
+
+    def gradients_taken(self, unit: FlatUnit) -> None:
+        """All gradients of a unit are in the bucket: no node of this backward needs its values again."""
+        index = self._index[id(unit)]
+        self._backward_users[index] = 0
+        if self._active[index] == 0:
+            self._owner.gatherer.release(unit)
+
+    def end_of_backward(self) -> None:
+        """Whatever is still whole (unused parameters, wrong guesses) goes."""
+        for index, unit in enumerate(self._units):
+            self._backward_users[index] = 0
+            if self._active[index] == 0 and unit.state is not Whole.ABSENT:
+                self._owner.gatherer.release(unit)
+
+
+def _only_looks_up(module: nn.Module) -> bool:
+    """Does this module's backward need its indices only?"""
+    return type(module) is nn.Embedding and module.max_norm is None
+
+
+def _needs_no_backward(unit: FlatUnit, model: nn.Module) -> bool:
+    return all(_only_looks_up(model.get_submodule(name)) for name in unit.plan.users)

@@ -1,0 +1,94 @@
+"""ZeRO's owner: shards that become whole for their users, and nothing else of the model in between."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ds_core.ground.mesh import Mesh
+from ds_core.protocols import Codec, Store
+from ds_core.state.owner import FlatOwner
+from ds_core.state.unit import FlatUnit, Precision, Whole
+from ds_core.state.units import UnitPlan
+from ds_zero.gather import Gatherer
+from ds_zero.hooks import UseHooks
+from ds_zero.materialize import materialize_unit
+from ds_zero.stages import Lifetime
+
+if TYPE_CHECKING:
+    from ds_zero.zero import Zero
+
+
+class ZeroOwner(FlatOwner):
+    """Stages 1 to 3 over one data axis, in place on the user's module.
+
+    Masters and optimizer state are always cut. At stages 1 and 2 parameters stay whole and are refreshed
+    after each step; at stage 3 a unit is gathered for the forward and the backward of the modules that use
+    it and let go afterwards.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: Mesh | None,
+        config: Zero,
+        *,
+        store: Store | None = None,
+        gather: Codec | None = None,
+        reduce: Codec | None = None,
+    ) -> None:
+        self.config = config
+        self.lifetime: Lifetime = config.lifetime
+
+        def keep_whole(plan: UnitPlan) -> bool:
+            return self.lifetime.whole_params or plan.numel < config.persist_numel
+
+        super().__init__(
+            model,
+            mesh,
+            sharded=True,
+            whole_grads=self.lifetime.whole_grads,
+            precision=Precision(param=config.param_dtype, grad=config.accumulate_dtype),
+            store=store,
+            cut=config.cut,
+            bucket_numel=config.bucket_numel,
+            reduce=reduce,
+            overlap=config.overlap,
+            keep_whole=keep_whole,
+        )
+        self.gatherer = Gatherer(self.gather_comm, gather)
+        self.uses = UseHooks(self, prefetch_numel=config.prefetch_numel if config.overlap else 0)
+        self.hooks.unit_done = self.uses.gradients_taken  # type: ignore[method-assign]
+        self.hooks.close_round = self._close_round  # type: ignore[method-assign]
+
+    def _fill(self, unit: FlatUnit) -> None:
+        materialize_unit(self.model, unit, self.device, self.config.initializer)
+        super()._fill(unit)
+
+    def _close_round(self) -> None:
+        self.reducer.close_round()
+        self.uses.end_of_backward()
+
+    def _publish_unit(self, unit: FlatUnit) -> None:
+        """Whole copies are old now: gather those that stay, forget the others."""
+        if not unit.keep_whole:
+            self.gatherer.release(unit)
+            return
+        if unit.state is Whole.COMING:
+            unit.arrive(unit.ticket)
+        unit.state = Whole.STALE
+        self.gatherer.launch(unit)
+
+    @contextlib.contextmanager
+    def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:
+        """Parameters of `units` are whole and current inside. Collective at stage 3."""
+        brought = [unit for unit in units if unit.state is not Whole.READY]
+        self.gatherer.acquire_all(brought)
+        try:
+            yield
+        finally:
+            for unit in brought:
+                self.gatherer.release(unit)

@@ -1,0 +1,102 @@
+"""`Zero(...)`: what to shard and how, as one frozen value; `shard(...)`: a model and an optimizer at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import ConfigDict, Field
+from torch import nn
+from torch.optim import Optimizer
+
+from ds_core.ground.mesh import Mesh
+from ds_core.protocols import Codec, Store
+from ds_core.setup.config import Config
+from ds_core.state.hooks import dtype_of
+from ds_core.state.layout import Cut
+from ds_core.train.optim import ShardedOptimizer, cut_for
+from ds_zero.materialize import Initializer
+from ds_zero.owner import ZeroOwner
+from ds_zero.stages import Lifetime, lifetime_of
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+
+
+class Zero(Config):
+    """ZeRO's settings. Everything has one default; `stage` is the only choice that most people make."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    stage: int = Field(description="1: optimizer state is cut; 2: gradients too; 3: parameters too")
+    dtype: DtypeName | None = Field(
+        None, description="dtype of the parameters; below 32 bits, fp32 masters are kept. None leaves them as they are"
+    )
+    grad_dtype: DtypeName | None = Field(
+        None, description="dtype in which gradients accumulate; None: the masters' (fp32 in mixed precision)"
+    )
+    cut: Cut = Field("flat", description="flat cuts anywhere; whole keeps each parameter on one rank")
+    bucket_numel: int = Field(1_000_000, ge=1, description="neighbours are put together up to this many elements")
+    prefetch_numel: int = Field(
+        50_000_000, ge=0, description="elements that may be gathered ahead of their use at stage 3; 0: none"
+    )
+    persist_numel: int = Field(0, ge=0, description="stage 3: units below this many elements stay whole")
+    overlap: bool = Field(True, description="communicate while computing; False waits for every collective")
+    initializer: Initializer | None = Field(
+        None, description="fn(module) that fills a meta module's parameters; None: its reset_parameters()"
+    )
+
+    @property
+    def lifetime(self) -> Lifetime:
+        return lifetime_of(self.stage)
+
+    @property
+    def param_dtype(self) -> torch.dtype | None:
+        return dtype_of(self.dtype)
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype | None:
+        return dtype_of(self.grad_dtype)
+
+    def model_post_init(self, context: object) -> None:
+        lifetime_of(self.stage)
+
+    def shard(
+        self,
+        model: nn.Module,
+        mesh: Mesh | None = None,
+        *,
+        store: Store | None = None,
+        gather: Codec | None = None,
+        reduce: Codec | None = None,
+    ) -> ZeroOwner:
+        """Take over the model's parameters, in place. Collective over the mesh (None: all ranks of the job)."""
+        return ZeroOwner(model, mesh, self, store=store, gather=gather, reduce=reduce)
+
+
+def shard(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    stage: int,
+    mesh: Mesh | None = None,
+    dtype: torch.dtype | None = None,
+    store: Store | None = None,
+    gather: Codec | None = None,
+    reduce: Codec | None = None,
+) -> tuple[nn.Module, Optimizer]:
+    """Shard a model and its optimizer for a plain PyTorch loop; both come back as the objects they were.
+
+    Gradients are averaged over the data-parallel ranks, as DDP does, however many backwards come before
+    `optimizer.step()`: the step is the boundary, there is no flag to set. `dtype=torch.bfloat16` makes
+    parameters bf16 with fp32 masters. After `optimizer.step()` returns, whole parameters (stages 1, 2)
+    are the new ones. Clip with `ds_zero.clip_grad_norm_(optimizer, max_norm)`. Works on one process too.
+    `stage=0` keeps everything whole on every rank. Collective.
+    """
+    cut: Cut = "flat" if math.prod((mesh.world,) if mesh else (2,)) == 1 else cut_for(optimizer)
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    owner = Zero.model_validate({"stage": stage, "dtype": name, "cut": cut}).shard(
+        model, mesh, store=store, gather=gather, reduce=reduce
+    )
+    ShardedOptimizer(optimizer, owner)
+    return model, optimizer
