@@ -81,7 +81,7 @@ class UseHooks:
         for unit in units:
             index = self._index[id(unit)]
             self._active[index] += 1
-            if self._any_cut and not backward:
+            if self._any_cut and self._depth > 0 and not backward:
                 for ahead in self._hint.use(index):
                     gatherer.launch(self._units[ahead])
         gatherer.acquire_all(units)
@@ -104,7 +104,9 @@ class UseHooks:
 
     def _watch(self, units: list[FlatUnit], lookup: bool, inputs: Any, output: Any) -> bool:
         """Hook the output's gradients (bring the units back) and the inputs' (frozen units may go)."""
-        outputs = [tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn is not None]
+        outputs = [
+            tensor for tensor in tensors_in(output) if tensor.requires_grad and tensor.grad_fn is not None
+        ]
         if not outputs:
             return False
         register_multi_grad_hook(outputs, partial(self._before_backward, units, lookup), mode="any")

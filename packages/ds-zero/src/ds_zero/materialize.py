@@ -12,7 +12,9 @@ from ds_core.state.unit import FlatUnit
 Initializer = Callable[[nn.Module], None]
 
 
-def materialize_unit(model: nn.Module, unit: FlatUnit, device: torch.device, initializer: Initializer | None) -> None:
+def materialize_unit(
+    model: nn.Module, unit: FlatUnit, device: torch.device, initializer: Initializer | None
+) -> None:
     """Give the unit's meta parameters bytes and values, in place of the meta ones in their modules.
 
     Values come from `initializer(module)`, or from the module's own `reset_parameters()`. Parameters of the

@@ -61,16 +61,17 @@ class ZeroOwner(FlatOwner):
         )
         self.gatherer = Gatherer(self.gather_comm, gather)
         self.uses = UseHooks(self, prefetch_numel=config.prefetch_numel if config.overlap else 0)
-        self.hooks.unit_done = self.uses.gradients_taken  # type: ignore[method-assign]
-        self.hooks.close_round = self._close_round  # type: ignore[method-assign]
 
     def _fill(self, unit: FlatUnit) -> None:
         materialize_unit(self.model, unit, self.device, self.config.initializer)
         super()._fill(unit)
 
-    def _close_round(self) -> None:
-        self.reducer.close_round()
+    def close_round(self) -> None:
+        super().close_round()
         self.uses.end_of_backward()
+
+    def gradients_taken(self, unit: FlatUnit) -> None:
+        self.uses.gradients_taken(unit)
 
     def _publish_unit(self, unit: FlatUnit) -> None:
         """Whole copies are old now: gather those that stay, forget the others."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -12,9 +11,10 @@ from torch.optim import Optimizer
 
 from ds_core.ground.mesh import Mesh
 from ds_core.protocols import Codec, Store
-from ds_core.setup.config import Config
+from pydantic import BaseModel as Config
 from ds_core.state.hooks import dtype_of
 from ds_core.state.layout import Cut
+from ds_core.state.owner import FlatOwner, ReplicatedOwner
 from ds_core.train.optim import ShardedOptimizer, cut_for
 from ds_zero.materialize import Initializer
 from ds_zero.owner import ZeroOwner
@@ -26,17 +26,20 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 class Zero(Config):
     """ZeRO's settings. Everything has one default; `stage` is the only choice that most people make."""
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
     stage: int = Field(description="1: optimizer state is cut; 2: gradients too; 3: parameters too")
     dtype: DtypeName | None = Field(
-        None, description="dtype of the parameters; below 32 bits, fp32 masters are kept. None leaves them as they are"
+        None,
+        description="dtype of the parameters; below 32 bits, fp32 masters are kept. None leaves them as they are",
     )
     grad_dtype: DtypeName | None = Field(
         None, description="dtype in which gradients accumulate; None: the masters' (fp32 in mixed precision)"
     )
     cut: Cut = Field("flat", description="flat cuts anywhere; whole keeps each parameter on one rank")
-    bucket_numel: int = Field(1_000_000, ge=1, description="neighbours are put together up to this many elements")
+    bucket_numel: int = Field(
+        1_000_000, ge=1, description="neighbours are put together up to this many elements"
+    )
     prefetch_numel: int = Field(
         50_000_000, ge=0, description="elements that may be gathered ahead of their use at stage 3; 0: none"
     )
@@ -93,10 +96,12 @@ def shard(
     are the new ones. Clip with `ds_zero.clip_grad_norm_(optimizer, max_norm)`. Works on one process too.
     `stage=0` keeps everything whole on every rank. Collective.
     """
-    cut: Cut = "flat" if math.prod((mesh.world,) if mesh else (2,)) == 1 else cut_for(optimizer)
     name = None if dtype is None else str(dtype).removeprefix("torch.")
-    owner = Zero.model_validate({"stage": stage, "dtype": name, "cut": cut}).shard(
-        model, mesh, store=store, gather=gather, reduce=reduce
-    )
+    owner: FlatOwner
+    if stage == 0:
+        owner = ReplicatedOwner(model, mesh, dtype=dtype, store=store, reduce=reduce)
+    else:
+        config = Zero.model_validate({"stage": stage, "dtype": name, "cut": cut_for(optimizer)})
+        owner = config.shard(model, mesh, store=store, gather=gather, reduce=reduce)
     ShardedOptimizer(optimizer, owner)
     return model, optimizer

@@ -160,6 +160,8 @@ class TorchCommunicator:
         self._record("reduce_scatter", full.numel(), full.nbytes // self.world * (self.world - 1))
         if self._native:
             wire = self.allocate(out.numel(), full.dtype)
+            if full.dtype == torch.float16:  # the backend sums in fp16, which might not hold the sum
+                full, scale = full * scale, 1.0
             work = _reduce_scatter(wire, full, self.group)
             return Ticket(
                 [work],

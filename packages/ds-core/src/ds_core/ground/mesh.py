@@ -38,7 +38,11 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
         with tempfile.TemporaryDirectory() as folder:
             store = dist.FileStore(f"{folder}/store", 1)
             dist.init_process_group(
-                accelerator.comm_backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
+                accelerator.comm_backend,
+                store=store,
+                rank=0,
+                world_size=1,
+                timeout=timedelta(seconds=timeout_s),
             )
         return True
     dist.init_process_group(accelerator.comm_backend, timeout=timedelta(seconds=timeout_s))
@@ -133,7 +137,10 @@ class Mesh:
         mine: ProcessGroup | None = None
         for ranks in rows:
             group = dist.new_group(
-                ranks, backend=backend, timeout=timedelta(seconds=self.timeout_s), group_desc=f"{axis}-{channel}"
+                ranks,
+                backend=backend,
+                timeout=timedelta(seconds=self.timeout_s),
+                group_desc=f"{axis}-{channel}",
             )
             if dist.get_rank() in ranks:
                 mine = group

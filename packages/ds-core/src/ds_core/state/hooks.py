@@ -83,7 +83,7 @@ class OwnerHooks:
             complete = owner.reducer.take(index, slot, grad)
             param.grad = None
             if complete:
-                self.unit_done(owner.trainable[index])
+                owner.gradients_taken(owner.trainable[index])
 
         return take
 
@@ -91,13 +91,7 @@ class OwnerHooks:
         """The first sign of a backward: open the reducer's round, and close it when autograd is done."""
         if not self._owner.reducer.in_round:
             self._owner.reducer.open_round()
-            at_end_of_backward(self.close_round)
-
-    def close_round(self) -> None:
-        self._owner.reducer.close_round()
-
-    def unit_done(self, unit: FlatUnit) -> None:
-        """All gradients of a unit are taken (sharded parameters are let go here)."""
+            at_end_of_backward(self._owner.close_round)
 
     # -- state_dict and load_state_dict on the user's module -----------------------------------------------
 

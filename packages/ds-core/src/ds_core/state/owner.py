@@ -82,7 +82,13 @@ class FlatOwner:
         )
         self.hooks = OwnerHooks(self)
         self._place: dict[int, tuple[FlatUnit, int]] = {
-            id(param): (unit, index) for unit in self.units for index, param in enumerate(unit.params)
+            id(param): (unit, index)
+            for unit in self.units
+            for params in (
+                unit.params,
+                [param for _, param in unit.plan.params],
+            )  # the latter: as meta tensors
+            for index, param in enumerate(params)
         }
         for unit in self.units:
             for param in unit.params:
@@ -136,6 +142,13 @@ class FlatOwner:
         """Collective: all shards' gradients are final after this. Calling it twice costs nothing."""
         self.reducer.drain()
 
+    def close_round(self) -> None:
+        """The outermost backward has ended."""
+        self.reducer.close_round()
+
+    def gradients_taken(self, unit: FlatUnit) -> None:
+        """All gradients of a unit are in its bucket (where parameters are cut they are let go here)."""
+
     def zero_grad(self) -> None:
         """Drop all gradients, reduced or not."""
         self.reducer.clear()
@@ -160,6 +173,8 @@ class FlatOwner:
         for unit in self.trainable:
             if unit.key not in copied:
                 unit.refresh_local()
+            # Autograd must notice, as it would after a plain optimizer's in-place update.
+            torch.autograd.graph.increment_version(unit.params)
             self._publish_unit(unit)
         if wait:
             self.settle()
@@ -277,7 +292,12 @@ class ReplicatedOwner(FlatOwner):
     """Stage 0: plain data parallel over flat buckets. Every rank holds and updates everything."""
 
     def __init__(
-        self, model: nn.Module, mesh: Mesh | None = None, *, dtype: torch.dtype | str | None = None, **options: object
+        self,
+        model: nn.Module,
+        mesh: Mesh | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        **options: object,
     ) -> None:
         precision = Precision(param=dtype_of(dtype))
         super().__init__(model, mesh, sharded=False, whole_grads=True, precision=precision, **options)
@@ -285,8 +305,16 @@ class ReplicatedOwner(FlatOwner):
 
 def check_shapes(mine: Mapping[str, Sequence[int]], saved: Mapping[str, Sequence[int]]) -> None:
     """Raises ValueError listing every name that is missing, unknown or of another shape, with both shapes."""
-    faults = [f"  {name}: in the model {tuple(mine[name])}, not in the checkpoint" for name in mine if name not in saved]
-    faults += [f"  {name}: in the checkpoint {tuple(saved[name])}, not in the model" for name in saved if name not in mine]
+    faults = [
+        f"  {name}: in the model {tuple(mine[name])}, not in the checkpoint"
+        for name in mine
+        if name not in saved
+    ]
+    faults += [
+        f"  {name}: in the checkpoint {tuple(saved[name])}, not in the model"
+        for name in saved
+        if name not in mine
+    ]
     faults += [
         f"  {name}: in the model {tuple(mine[name])}, in the checkpoint {tuple(saved[name])}"
         for name in mine
@@ -309,4 +337,3 @@ def _data_axis(mesh: Mesh) -> str:
             "there yet; give all data-parallel ranks to one of the two"
         )
     return axes[0] if axes else "dp_shard"
-

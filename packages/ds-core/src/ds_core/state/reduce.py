@@ -140,9 +140,16 @@ class GradReducer:
         else:
             accumulate = unit.gradient is not None
             if unit.gradient is None:
-                unit.gradient = torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
+                unit.gradient = torch.empty(
+                    unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device
+                )
             ticket = reduce_coded(
-                self._comm, self._codec, unit.gradient, bucket, scale=1.0 / self._comm.world, accumulate=accumulate
+                self._comm,
+                self._codec,
+                unit.gradient,
+                bucket,
+                scale=1.0 / self._comm.world,
+                accumulate=accumulate,
             )
         self._in_flight.append(ticket)
         while len(self._in_flight) > (IN_FLIGHT if self._overlap else 0):
@@ -168,18 +175,17 @@ class GradReducer:
         return bucket
 
     def _all_reduce(self, unit: FlatUnit, bucket: Tensor) -> Ticket:
-        """Stage 0: every rank keeps the whole mean."""
+        """Stage 0: every rank keeps the whole mean. Divided before the sum, which fp16 might not hold."""
         if isinstance(self._codec, CastCodec) and bucket.dtype != self._codec.dtype:
             bucket = bucket.to(self._codec.dtype)
-        scale = 1.0 / self._comm.world
+        if self._comm.world > 1:
+            bucket.mul_(1.0 / self._comm.world)
 
         def keep() -> None:
             if unit.gradient is not None:
-                unit.gradient.add_(bucket, alpha=scale)
-            elif bucket.dtype == unit.grad_dtype:
-                unit.gradient = bucket if self._comm.world == 1 else bucket.mul_(scale)
+                unit.gradient.add_(bucket)
             else:
-                unit.gradient = bucket.to(unit.grad_dtype).mul_(scale)
+                unit.gradient = bucket.to(unit.grad_dtype)
 
         return Ticket([self._comm.all_reduce(bucket)], keepalive=(bucket,), finish=keep)
 

@@ -83,9 +83,8 @@ class FlatUnit:
         self.whole: Tensor
         self.local: Tensor
         self._store: Store | None = None
-        self._poison = torch.full((1,), float("nan"), dtype=self.dtype, device=device) if (
-            self.dtype.is_floating_point
-        ) else torch.zeros(1, dtype=self.dtype, device=device)
+        filler = float("nan") if self.dtype.is_floating_point else 0
+        self._poison = torch.full((), filler, dtype=self.dtype, device=device)
 
     @property
     def span(self) -> slice:
@@ -138,7 +137,6 @@ class FlatUnit:
         self.state = Whole.READY
         if not self.keep_whole:
             self._point_at_whole()
-        torch.autograd.graph.increment_version(self.params)
 
     def let_go(self) -> None:
         """Free the whole copy. See [Note: buffers are let go by resize]."""

@@ -59,7 +59,9 @@ def plan_units(model: nn.Module, *, bucket_numel: int = 1_000_000) -> tuple[Unit
         for name, param in atom.owned:
             split.setdefault((param.dtype, param.requires_grad), []).append((name, param))
         for kind, params in split.items():
-            users = [other.name for other in atoms if other is atom or other.shared & {id(p) for _, p in params}]
+            users = [
+                other.name for other in atoms if other is atom or other.shared & {id(p) for _, p in params}
+            ]
             made = groups.setdefault(kind, [])
             if made and sum(p.numel() for _, p in made[-1][0]) < bucket_numel:
                 made[-1][0].extend(params)

@@ -56,10 +56,15 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True)
 class TwinStep:
-    """What one optimizer step did. `grads` are the averaged, unscaled, unclipped gradients, by parameter."""
+    """What one optimizer step did. `grads` are the averaged, unscaled, unclipped gradients, by parameter.
+
+    `sizes`: for each of them the mean norm of the parts that it is the sum of. Rounding errors scale with
+    the parts, so where parts cancel the error may be large beside the sum, but never beside this.
+    """
 
     loss: float
     grads: dict[str, Tensor]
+    sizes: dict[str, float]
     grad_norm: float
     skipped: bool
 
@@ -105,6 +110,7 @@ class Twin:
         work = {fqn: p for fqn, p in self._work.named_parameters() if p.requires_grad}
         masters = dict(self.model.named_parameters())
         sums: dict[str, Tensor] = {}
+        sizes: dict[str, float] = {}
         total, count = 0.0, len(micro_batches) * self.ranks
         for batch in micro_batches:
             for part in split(batch, self.ranks):
@@ -115,6 +121,8 @@ class Twin:
                     if parameter.grad is not None:
                         wide = parameter.grad.to(masters[fqn].dtype)
                         sums[fqn] = sums[fqn] + wide if fqn in sums else wide.clone()
+                        size = float(wide.double().norm()) / (count * self.loss_scale)
+                        sizes[fqn] = sizes.get(fqn, 0.0) + size
                         parameter.grad = None
         grads = {fqn: grad / (count * self.loss_scale) for fqn, grad in sums.items()}
         if self.zero_unused:
@@ -123,7 +131,7 @@ class Twin:
         skipped = not norm < float("inf")
         if not skipped:
             self._update(masters, grads, norm)
-        return TwinStep(total / count, grads, norm, skipped)
+        return TwinStep(total / count, grads, sizes, norm, skipped)
 
     def parameters(self) -> dict[str, Tensor]:
         """Every parameter by name, in full precision: copies."""

@@ -16,7 +16,9 @@ def global_norm(optimizer: ShardedOptimizer) -> Tensor:
     """
     optimizer.show_grads()
     owner = optimizer.owner
-    norms = torch._foreach_norm(optimizer.gradients(), 2, dtype=torch.float32) if optimizer.gradients() else []
+    norms = (
+        torch._foreach_norm(optimizer.gradients(), 2, dtype=torch.float32) if optimizer.gradients() else []
+    )
     total = torch.zeros((), dtype=torch.float32, device=owner.device)
     if norms:
         total = torch.stack(list(norms)).square().sum()

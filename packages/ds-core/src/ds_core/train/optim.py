@@ -169,7 +169,8 @@ class ShardedOptimizer:
         self._copied = frozenset(
             unit.key
             for unit in self.owner.trainable
-            if covered.get(unit.key, 0) == sum(o.local[1] - o.local[0] for o in unit.layout.overlaps(unit.rank))
+            if covered.get(unit.key, 0)
+            == sum(o.local[1] - o.local[0] for o in unit.layout.overlaps(unit.rank))
         )
 
     # -- the step ------------------------------------------------------------------------------------------
@@ -289,7 +290,9 @@ class ShardedOptimizer:
                     state[name] = torch.zeros_like(piece.param, dtype=dtype, requires_grad=False)
                     shard = FlatShard(state[name].view(-1), piece.overlap.slot.shape, piece.overlap.begin)
                 else:
-                    state[name] = torch.zeros(info.shape, dtype=info.dtype, device=self._scalar_device(piece, name))
+                    state[name] = torch.zeros(
+                        info.shape, dtype=info.dtype, device=self._scalar_device(piece, name)
+                    )
                     shard = FlatShard(state[name].view(-1), info.shape, 0)
                 targets[f"{piece.fqn}/{name}"] = shard
             self.optimizer.state[piece.param] = state

@@ -1,0 +1,103 @@
+"""One cell of the parity matrix: sharded training against its unsharded twin, gradient by gradient."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from ds_zero.zero import shard
+from torch import Tensor, nn
+
+from ds_core.state.owner import FlatOwner
+from ds_core.testing.models import CASES
+from ds_core.testing.parity import Twin, TwinStep, assert_close_norm
+from ds_core.train.optim import attached
+
+STEPS = 3
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def tolerance(dtype: torch.dtype | None) -> float:
+    """Relative bound per tensor.
+
+    fp32: sums in another order, 1e-5 by the project's own rule. Low precision, unit roundoff u = 2**-9 (bf16)
+    or 2**-12 (fp16): both sides take the same rounded gradients from autograd; ours are rounded once more on
+    the wire and, at stage 0, once in each of the wire's additions (at most 3 of them in a world of 4), each
+    time by at most u of what is rounded, which is at most the parts' own size: 4u of the parts.
+    """
+    if dtype is None:
+        return 1e-5
+    unit = 2.0**-9 if dtype == torch.bfloat16 else 2.0**-12
+    return 4 * unit
+
+
+def full_grads(owner: FlatOwner) -> dict[str, Tensor]:
+    """Every gradient whole, after a drain. Collective."""
+    found = {}
+    for unit in owner.trainable:
+        assert unit.gradient is not None
+        whole = unit.gradient
+        if owner.sharded and owner.comm.world > 1:
+            whole = torch.empty(unit.layout.numel, dtype=unit.gradient.dtype)
+            owner.gather_comm.all_gather(whole, unit.gradient).wait()
+        for slot, has_grad in zip(unit.layout.slots, unit.has_grad, strict=True):
+            if has_grad:
+                found[slot.fqn] = whole[slot.start : slot.end].view(slot.shape).clone()
+    return found
+
+
+def full_masters(owner: FlatOwner) -> dict[str, Tensor]:
+    """Every parameter whole, in its master's dtype. Collective."""
+    found = {}
+    for unit in owner.units:
+        whole = mine = unit.values()
+        if owner.sharded and owner.comm.world > 1:
+            whole = torch.empty(unit.layout.numel, dtype=mine.dtype)
+            owner.gather_comm.all_gather(whole, mine.clone()).wait()
+        for slot in unit.layout.slots:
+            found[slot.fqn] = whole[slot.start : slot.end].view(slot.shape).clone()
+    return found
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
+
+
+def run_cell(case_name: str, stage: int, accumulate: int, dtype_name: str) -> None:
+    """Train `STEPS` steps both ways; compare every gradient and every weight after each step."""
+    case, dtype = CASES[case_name], DTYPES[dtype_name]
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    scale = 2.0**6 if dtype == torch.float16 else 1.0
+    twin = Twin(case, adamw, ranks=ranks, dtype=dtype, loss_scale=scale, zero_unused=False)
+    model = case.build()
+    model, optimizer = shard(model, adamw(model), stage=stage, dtype=dtype)
+    owner = attached(optimizer).owner
+    rtol = tolerance(dtype)
+    for step in range(STEPS):
+        batches = [case.make_batch(100 * step + micro, ranks) for micro in range(accumulate)]
+        for micro in range(accumulate):
+            mine = case.rank_batch(100 * step + micro, rank, ranks)
+            losses = case.losses(model, mine)
+            for number, loss in enumerate(losses):  # two losses: two backwards over one graph
+                (loss * scale / accumulate).backward(retain_graph=number + 1 < len(losses))
+        expected = twin.step(batches)
+        attached(optimizer).show_grads()
+        grads = {name: grad / scale for name, grad in full_grads(owner).items()}
+        if dtype is None:
+            assert_close_norm(grads, expected.grads, rtol)
+        else:
+            assert_within(grads, expected, rtol)
+        for gradient in attached(optimizer).gradients():
+            gradient.div_(scale)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert_close_norm(full_masters(owner), twin.parameters(), rtol)
+
+
+def assert_within(grads: dict[str, Tensor], expected: TwinStep, rtol: float) -> None:
+    """||d|| <= rtol * the mean norm of the parts that each gradient is the sum of."""
+    assert grads.keys() == expected.grads.keys()
+    for name, grad in grads.items():
+        gap = float((grad.double() - expected.grads[name].double()).norm())
+        bound = rtol * expected.sizes[name]
+        if not gap <= bound:
+            raise AssertionError(f"{name}: ||d|| = {gap:.3e} > {bound:.3e}")

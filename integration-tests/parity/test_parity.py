@@ -1,0 +1,33 @@
+"""The parity matrix: stages x accumulation x dtype x world x every corner model, against the twin."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_core.testing.distributed import distributed, run_ranks
+from ds_core.testing.models import CASES
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def cells(case: str) -> None:
+    from matrix import run_cell
+
+    for stage in (0, 1, 2, 3):
+        for accumulate in (1, 4):
+            for dtype in ("fp32", "bf16", "fp16"):
+                try:
+                    run_cell(case, stage, accumulate, dtype)
+                except AssertionError as fault:
+                    raise AssertionError(
+                        f"stage {stage}, accumulate {accumulate}, {dtype}: {fault}"
+                    ) from fault
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("case", list(CASES))
+def test_sharded_training_equals_its_twin(case: str, world: int) -> None:
+    run_ranks(cells, world, timeout=120.0, case=case)
