@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_core.testing.distributed import distributed, run_ranks
+from ds_core.testing.distributed import run_ranks
 from ds_core.testing.models import CASES
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -10,6 +10,23 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _HOME: dict[str, str] = {
+    "Accelerator": "ds_core.ground.accelerator",
+    "CastCodec": "ds_core.ground.codec",
+    "DeviceStore": "ds_core.state.store",
+    "DynamicScale": "ds_core.train.scale",
+    "Engine": "ds_core.train.engine",
+    "FlatOwner": "ds_core.state.owner",
+    "Mesh": "ds_core.ground.mesh",
+    "NonFiniteError": "ds_core.train.nonfinite",
+    "ReplicatedOwner": "ds_core.state.owner",
+    "ShardedOptimizer": "ds_core.train.optim",
+    "StaticScale": "ds_core.train.scale",
+    "StepReport": "ds_core.train.engine",
+    "Ticket": "ds_core.ground.ticket",
+    "Topology": "ds_core.ground.mesh",
+    "TorchCommunicator": "ds_core.ground.collectives",
+    "clip_grad_norm_": "ds_core.train.clip",
+    "init_distributed": "ds_core.ground.mesh",
     "CheckpointStore": "ds_core.state.checkpoint",
     "SaveHandle": "ds_core.state.checkpoint_job",
     "ResumableLoader": "ds_core.train.sampler",

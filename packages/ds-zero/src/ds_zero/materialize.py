@@ -55,8 +55,8 @@ def _initialize(
         if buffer is not None and buffer.is_meta:
             if initializer is None and not type(module).__module__.startswith("torch.nn"):
                 raise ValueError(
-                    f"buffer {shown}.{buffer_name} is on the meta device and nothing says how to fill it: build it "
-                    "outside of `torch.device('meta')`, or pass initializer=fn that fills it"
+                    f"buffer {shown}.{buffer_name} is on the meta device and nothing says how to fill it: "
+                    "build it outside of `torch.device('meta')`, or pass initializer=fn that fills it"
                 )
             module._buffers[buffer_name] = torch.empty_like(buffer, device=device)
     fill = initializer
@@ -64,8 +64,8 @@ def _initialize(
         reset = getattr(module, "reset_parameters", None)
         if reset is None:
             raise ValueError(
-                f"module {shown} ({type(module).__name__}) is on the meta device and has no reset_parameters(): add "
-                "one, or pass initializer=fn(module)"
+                f"module {shown} ({type(module).__name__}) is on the meta device and has no "
+                "reset_parameters(): add one, or pass initializer=fn(module)"
             )
 
         def fill(module: nn.Module) -> None:

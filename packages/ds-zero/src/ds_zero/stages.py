@@ -26,7 +26,7 @@ def lifetime_of(stage: int) -> Lifetime:
     row = STAGES.get(stage)
     if row is None:
         raise ValueError(
-            f"stage must be 1, 2 or 3, got {stage!r}: 1 cuts optimizer state, 2 gradients too, 3 parameters too "
-            "(stage 0, plain data parallel, is ds_core.ReplicatedOwner)"
+            f"stage must be 1, 2 or 3, got {stage!r}: 1 cuts optimizer state, 2 gradients too, 3 parameters "
+            "too (stage 0, plain data parallel, is ds_core.ReplicatedOwner)"
         )
     return row

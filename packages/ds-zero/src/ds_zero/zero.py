@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ds_core.ground.mesh import Mesh
 from ds_core.protocols import Codec, Store
-from pydantic import BaseModel as Config
+from ds_core.setup.config import Config
 from ds_core.state.hooks import dtype_of
 from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner, ReplicatedOwner
@@ -26,12 +26,12 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 class Zero(Config):
     """ZeRO's settings. Everything has one default; `stage` is the only choice that most people make."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     stage: int = Field(description="1: optimizer state is cut; 2: gradients too; 3: parameters too")
     dtype: DtypeName | None = Field(
         None,
-        description="dtype of the parameters; below 32 bits, fp32 masters are kept. None leaves them as they are",
+        description="dtype of the parameters; below 32 bits, with fp32 masters. None: as they are",
     )
     grad_dtype: DtypeName | None = Field(
         None, description="dtype in which gradients accumulate; None: the masters' (fp32 in mixed precision)"
@@ -73,7 +73,7 @@ class Zero(Config):
         gather: Codec | None = None,
         reduce: Codec | None = None,
     ) -> ZeroOwner:
-        """Take over the model's parameters, in place. Collective over the mesh (None: all ranks of the job)."""
+        """Take over the model's parameters, in place. Collective over the mesh (None: all ranks)."""
         return ZeroOwner(model, mesh, self, store=store, gather=gather, reduce=reduce)
 
 

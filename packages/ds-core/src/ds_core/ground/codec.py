@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_core.ground.ticket import Ticket
-
-if TYPE_CHECKING:
-    from ds_core.protocols import Codec, Communicator
+from ds_core.ground.wire import Codec, Communicator
 
 
 class CastCodec:

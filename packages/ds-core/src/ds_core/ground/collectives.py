@@ -84,10 +84,6 @@ class LocalCommunicator:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    @property
-    def group(self) -> ProcessGroup:
-        raise ValueError("one rank needs no process group")
-
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=self.device)
 

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ds_core.ground.accelerator import Accelerator
 from ds_core.ground.collectives import LocalCommunicator, TorchCommunicator, WireLog
 from ds_core.ground.ticket import Ticket
+from ds_core.ground.wire import Communicator
 
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DEFAULT_TIMEOUT_S = 600.0
@@ -36,7 +37,9 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
     accelerator.activate()
     if os.environ.get("MASTER_ADDR") is None and os.environ["WORLD_SIZE"] == "1":
         with tempfile.TemporaryDirectory() as folder:
-            store = dist.FileStore(f"{folder}/store", 1)
+            store = dist.FileStore(  # type: ignore[attr-defined]
+                f"{folder}/store", 1
+            )
             dist.init_process_group(
                 accelerator.comm_backend,
                 store=store,
@@ -100,7 +103,7 @@ class Mesh:
         me = dist.get_rank() if dist.is_initialized() else 0
         place = (self._grid == me).nonzero()[0].tolist()
         self._place = dict(zip(degrees, place, strict=True))
-        self._communicators: dict[tuple[str, str], TorchCommunicator | LocalCommunicator] = {}
+        self._communicators: dict[tuple[str, str], Communicator] = {}
 
     def size(self, axis: str) -> int:
         return self._degrees[axis]
@@ -113,7 +116,7 @@ class Mesh:
     def world(self) -> int:
         return self._grid.numel()
 
-    def communicator(self, axis: str, channel: str = "main") -> TorchCommunicator | LocalCommunicator:
+    def communicator(self, axis: str, channel: str = "main") -> Communicator:
         """The collectives along `axis`. Each `channel` is a process group of its own.
 
         Two kinds of collective whose relative order may differ between ranks (gathers and reductions in a
@@ -150,7 +153,7 @@ class Mesh:
     def group(self, axis: str) -> ProcessGroup:
         """The process group behind `communicator(axis)`. Raises ValueError on an axis of one rank."""
         communicator = self.communicator(axis)
-        if isinstance(communicator, LocalCommunicator):
+        if not isinstance(communicator, TorchCommunicator):
             raise ValueError(f"axis {axis!r} has one rank and therefore no process group")
         return communicator.group
 

@@ -42,7 +42,7 @@ def in_backward() -> bool:
 
 def at_end_of_backward(fn: Any) -> None:
     """Run `fn` when the backward that is running now has finished."""
-    Variable._execution_engine.queue_callback(fn)  # type: ignore[attr-defined]
+    Variable._execution_engine.queue_callback(fn)
 
 
 class OwnerHooks:
@@ -53,7 +53,9 @@ class OwnerHooks:
         self.handles: list[RemovableHandle] = []
         for index, unit in enumerate(owner.trainable):
             for slot, param in enumerate(unit.params):
-                self.handles.append(param.register_post_accumulate_grad_hook(self._taker(index, slot)))
+                self.handles.append(
+                    param.register_post_accumulate_grad_hook(self._taker(index, slot))  # type: ignore[no-untyped-call]
+                )
         holders = self._holders()
         for module, units in holders.items():
             self._hook_state_dict(module, units)
@@ -106,7 +108,7 @@ class OwnerHooks:
         return found
 
     def _hook_state_dict(self, module: nn.Module, units: list[FlatUnit]) -> None:
-        """`state_dict()` gives whole values and `load_state_dict()` reaches masters. Collective if sharded."""
+        """`state_dict()` gives whole values and `load_state_dict()` reaches masters. Collective."""
         owner, open_contexts = self._owner, []
 
         def enter(*args: Any) -> None:
@@ -127,7 +129,8 @@ class OwnerHooks:
                 unit.absorb_whole()
             open_contexts.pop().__exit__(None, None, None)
 
-        self.handles.append(module.register_state_dict_pre_hook(enter))
-        self.handles.append(module.register_state_dict_post_hook(leave_saved))
-        self.handles.append(module.register_load_state_dict_pre_hook(enter))
-        self.handles.append(module.register_load_state_dict_post_hook(leave_loaded))
+        hooks: Any = module  # torch leaves these four registrations untyped
+        self.handles.append(hooks.register_state_dict_pre_hook(enter))
+        self.handles.append(hooks.register_state_dict_post_hook(leave_saved))
+        self.handles.append(hooks.register_load_state_dict_pre_hook(enter))
+        self.handles.append(hooks.register_load_state_dict_post_hook(leave_loaded))

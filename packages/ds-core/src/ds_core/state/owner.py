@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def owner_of(param: Tensor) -> FlatOwner:
     """The owner that a parameter was handed to. Raises LookupError for an ordinary parameter."""
-    owner = _OWNERS.get(param)
+    owner = _OWNERS.get(param)  # type: ignore[no-untyped-call]
     if owner is None:
         raise LookupError("this tensor is no parameter of a sharded model; shard the model first")
     assert isinstance(owner, FlatOwner)
@@ -49,7 +50,7 @@ class FlatOwner:
         whole_grads: bool,
         precision: Precision,
         store: Store | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
         self.model = model
         self.mesh = mesh or Topology().build()
@@ -58,7 +59,7 @@ class FlatOwner:
         self.sharded = sharded
         self.precision = precision
         self.store: Store = store or DeviceStore()
-        settings = _Options(**options)  # type: ignore[arg-type]
+        settings = _Options(**options)
         self.cut = settings.cut
         self.comm = self.mesh.communicator(self.axis, "reduce")
         self.gather_comm = self.mesh.communicator(self.axis, "gather")
@@ -297,7 +298,7 @@ class ReplicatedOwner(FlatOwner):
         mesh: Mesh | None = None,
         *,
         dtype: torch.dtype | str | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
         precision = Precision(param=dtype_of(dtype))
         super().__init__(model, mesh, sharded=False, whole_grads=True, precision=precision, **options)
@@ -333,7 +334,7 @@ def _data_axis(mesh: Mesh) -> str:
     axes = [axis for axis in ("dp_replicate", "dp_shard") if mesh.size(axis) > 1]
     if len(axes) == 2:
         raise ValueError(
-            f"dp_replicate={mesh.size('dp_replicate')} with dp_shard={mesh.size('dp_shard')}: hybrid sharding is not "
-            "there yet; give all data-parallel ranks to one of the two"
+            f"dp_replicate={mesh.size('dp_replicate')} with dp_shard={mesh.size('dp_shard')}: hybrid "
+            "sharding is not there yet; give all data-parallel ranks to one of the two"
         )
     return axes[0] if axes else "dp_shard"

@@ -201,8 +201,8 @@ class GradReducer:
             return
         if self.in_round:
             raise RuntimeError(
-                "a backward did not finish (it raised?), so gradients are incomplete: call optimizer.zero_grad() "
-                "and run the batch again"
+                "a backward did not finish (it raised?), so gradients are incomplete: call "
+                "optimizer.zero_grad() and run the batch again"
             )
         if self._unreduced:
             for index in self.order:

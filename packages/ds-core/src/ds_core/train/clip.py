@@ -47,7 +47,7 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def scale_grads_(optimizer: ShardedOptimizer, factor: Tensor) -> None:
-    """Multiply every reduced gradient by a 0-dim factor, without asking the host (on CPU: not at all by 1)."""
+    """Multiply every reduced gradient by a 0-dim factor, without asking the host (on CPU: not by 1)."""
     gradients = optimizer.gradients()
     if not gradients or (factor.device.type == "cpu" and float(factor) == 1.0):
         return

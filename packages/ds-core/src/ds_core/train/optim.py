@@ -82,13 +82,13 @@ class ShardedOptimizer:
     def __init__(self, optimizer: Optimizer, owner: FlatOwner, *, wait: bool = True) -> None:
         if optimizer.state:
             raise ValueError(
-                f"this {type(optimizer).__name__} has stepped before; shard a fresh optimizer and load its state "
-                "from a checkpoint"
+                f"this {type(optimizer).__name__} has stepped before; shard a fresh optimizer and load its "
+                "state from a checkpoint"
             )
         if owner.sharded and owner.comm.world > 1 and cut_for(optimizer) == "whole" and owner.cut != "whole":
             raise ValueError(
-                f"{type(optimizer).__name__} is not known to be element-wise, so its parameters must stay whole: "
-                'use Zero(..., cut="whole"), or declare `elementwise = True` on its class if that is true'
+                f"{type(optimizer).__name__} is not known to be element-wise, so its parameters must stay "
+                'whole: use Zero(..., cut="whole"), or declare `elementwise = True` on its class if it is'
             )
         self.optimizer = optimizer
         self.owner = owner
@@ -208,7 +208,7 @@ class ShardedOptimizer:
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The optimizer's own step, with what has to come before and after it."""
-        return self.optimizer.step(closure)  # type: ignore[arg-type]
+        return self.optimizer.step(closure)
 
     def skip_step(self) -> None:
         """Gradients are unusable (overflow): drop them and leave every weight as it is."""
@@ -216,7 +216,7 @@ class ShardedOptimizer:
         self.owner.reducer.forget_taken()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, whole and sharded. They are always set to None: shards are cut anew each step."""
+        """Drop all gradients, whole and sharded. Always set to None: shards are cut anew each step."""
         for piece in self.pieces:
             piece.param.grad = None
         direct = getattr(self.optimizer, "low_precision_grads", None)
@@ -239,8 +239,8 @@ class ShardedOptimizer:
                     continue
                 if not isinstance(value, Tensor):
                     raise TypeError(
-                        f"{type(self.optimizer).__name__} keeps {name!r} as {type(value).__name__}; a checkpoint "
-                        "holds tensors: keep it as a 0-dim tensor"
+                        f"{type(self.optimizer).__name__} keeps {name!r} as {type(value).__name__}; a "
+                        "checkpoint holds tensors: keep it as a 0-dim tensor"
                     )
                 shard = self._written(piece, value.detach())
                 if shard is not None:
@@ -311,7 +311,8 @@ class ShardedOptimizer:
         groups = values["groups"]
         if len(groups) != len(self.optimizer.param_groups):
             raise ValueError(
-                f"the checkpoint has {len(groups)} parameter groups, the optimizer {len(self.optimizer.param_groups)}"
+                f"the checkpoint has {len(groups)} parameter groups, the optimizer "
+                f"{len(self.optimizer.param_groups)}; build the optimizer as it was built then"
             )
         for group, options in zip(self.optimizer.param_groups, groups, strict=True):
             for key, value in options.items():

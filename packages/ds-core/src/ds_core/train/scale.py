@@ -102,7 +102,7 @@ class DynamicScale(_JsonState):
             return
         if self.value <= self.minimum:
             raise FloatingPointError(
-                f"gradients overflow at the smallest loss scale, {self.minimum:g}: the loss itself is not finite or "
-                "far too large; use bfloat16, lower the learning rate, or look for the first non-finite module"
+                f"gradients overflow at the smallest loss scale, {self.minimum:g}: the loss itself is not "
+                "finite or far too large; use bfloat16, lower the learning rate, or look at the batch"
             )
         self.value = max(self.value / 2.0, self.minimum)
