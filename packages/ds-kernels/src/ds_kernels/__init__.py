@@ -1,3 +1,36 @@
-"""ds-kernels."""
+"""Fast ops with honest references: importing this compiles nothing and touches no device.
+
+Names are resolved on first use (PEP 562): importing the package costs next to nothing and needs no torch.
+"""
+
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
+
+# public name -> module that defines it
+_HOME: dict[str, str] = {
+    "AdamHyper": "ds_kernels.ops.adam",
+    "BuildError": "ds_kernels.build",
+    "FusedAdam": "ds_kernels.optim",
+    "FusedAdamW": "ds_kernels.optim",
+    "Kernel": "ds_kernels.registry",
+    "KernelUnavailable": "ds_kernels.registry",
+    "adam_step_": "ds_kernels.ops.adam",
+    "define": "ds_kernels.registry",
+    "load": "ds_kernels.registry",
+    "report": "ds_kernels.registry",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""One module per family of ops: schema, reference in torch, checks and the functions people call."""

@@ -1,0 +1,276 @@
+"""Building: keys, caches, broken compilers, killed and simultaneous builds, wheels."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from ds_kernels import BuildError, build, cli
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# A compiler that answers --version and then fails the way compilers do.
+FAILING = """#!/bin/sh
+[ "$1" = --version ] && { echo "fake++ 1.0"; exit 0; }
+echo "adam_cpu.cpp: In function 'int f()':"
+echo "adam_cpu.cpp:7:1: error: 'omp.h' was eaten by a dog" >&2
+echo "adam_cpu.cpp:8:1: error: and another thing" >&2
+exit 1
+"""
+# A compiler that says when it was called, waits, and then does the work.
+SLOW = """#!/bin/sh
+[ "$1" = --version ] && { echo "slow++ 1.0"; exit 0; }
+echo called >> "$CALLS"
+sleep "$WAIT"
+exec g++ "$@"
+"""
+LOAD = """
+import logging, sys, torch
+logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
+from ds_kernels import load
+print(load("adam", torch.device("cpu")), load("adam", torch.device("cpu")))
+from ds_kernels import FusedAdamW
+p = torch.nn.Parameter(torch.ones(5)); p.grad = torch.ones(5)
+FusedAdamW([p], lr=0.5, weight_decay=0.0).step()
+assert torch.allclose(p, torch.full((5,), 0.5)), p
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of this test's own."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("DS_KERNELS_CACHE", str(folder))
+    return folder
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "fake++"
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join([str(PACKAGE / "src"), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_key_follows_sources_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build.source_key("adam")
+    copy = tmp_path / "adam"
+    copy.mkdir()
+    for path in (build.SOURCES / "adam").iterdir():
+        if path.suffix in (".cpp", ".h"):
+            (copy / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert build.source_key("adam") == before
+    (copy / "half.h").write_text((copy / "half.h").read_text() + "// changed\n")
+    assert build.source_key("adam") != before
+    changed = build.source_key("adam")
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-g"))
+    assert build.source_key("adam") != changed
+
+
+def test_cached_path_follows_the_compiler(cache: Path) -> None:
+    one, two = (build.cached_path("adam", build.Compiler(("g++",), version)) for version in ("12", "13"))
+    assert one != two
+    assert one.is_relative_to(cache)
+
+
+@pytest.mark.parametrize(
+    ("cxx", "words"),
+    [
+        ("/bin/false", "/bin/false --version exited with 1"),
+        ("/no/such/cxx", "CXX=/no/such/cxx: no such program"),
+    ],
+)
+def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch, cxx: str, words: str) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    with pytest.raises(BuildError, match=words) as caught:
+        build.compiler("adam")
+    assert "apt install g++" in str(caught.value)
+
+
+def test_first_error_of_the_compiler(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", script(tmp_path, FAILING))
+    with pytest.raises(BuildError) as caught:
+        build.build("adam", cache)
+    assert caught.value.reason == "adam_cpu.cpp:7:1: error: 'omp.h' was eaten by a dog"
+    assert "and another thing" in caught.value.log
+    assert not list(cache.glob("*.so")) + list(cache.glob(".work-*"))
+
+
+def test_unknown_family_and_unwritable_folder(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="there are: adam"):
+        build.build("adma", cache)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(BuildError, match="DS_KERNELS_CACHE"):
+        build.build("adam", blocked / "sub")
+
+
+def test_odd_folder_names(tmp_path: Path) -> None:
+    """Spaces, dollars and colons mean something to ninja and to shells."""
+    assert build.build("adam", tmp_path / "a b$c:d").stat().st_size > 10_000
+
+
+def test_broken_compiler_falls_back_with_one_warning(tmp_path: Path) -> None:
+    done = run(LOAD, CXX=script(tmp_path, FAILING), DS_KERNELS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert "reference reference" in done.stdout
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert "adam_cpu.cpp:7:1: error: 'omp.h' was eaten by a dog" in warnings[0]
+    assert "apt install g++" in done.stdout
+    assert not done.stderr
+
+
+def test_strict_and_forced(tmp_path: Path) -> None:
+    """Strict loading and DS_KERNELS=native raise; DS_KERNELS=reference is silent; anything else is refused."""
+    strict = """
+import torch
+from ds_kernels import load, KernelUnavailable
+try:
+    load("adam", torch.device("cpu"), strict=%s)
+except (KernelUnavailable, ValueError) as error:
+    print(type(error).__name__, str(error).splitlines()[0])
+else:
+    print("loaded", load("adam", torch.device("cpu")))
+"""
+    broken = {"CXX": "/bin/false", "DS_KERNELS_CACHE": str(tmp_path / "cache")}
+    said = [
+        run(strict % "True", **broken).stdout,
+        run(strict % "False", DS_KERNELS="native", **broken).stdout,
+        run(strict % "False", DS_KERNELS="fast", **broken).stdout,
+    ]
+    assert said[0].startswith(
+        "KernelUnavailable cannot build the 'adam' kernels: /bin/false --version exited"
+    )
+    assert said[1] == said[0]
+    assert said[2].startswith("ValueError DS_KERNELS='fast'")
+    silent = run(LOAD, DS_KERNELS="reference", **broken)
+    assert (silent.stdout, silent.stderr) == ("reference reference\n", "")
+
+
+def test_two_processes_build_once(tmp_path: Path) -> None:
+    env = {
+        **{"CXX": script(tmp_path, SLOW), "CALLS": str(tmp_path / "calls"), "WAIT": "1"},
+        **{"DS_KERNELS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(PACKAGE / "src")},
+    }
+    command = [sys.executable, "-m", "ds_kernels.cli", "build"]
+    both = [
+        subprocess.Popen(command, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0] == said[1]
+    assert (tmp_path / "calls").read_text() == "called\n"
+
+
+def test_killed_build_leaves_no_lock(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL in mid-compile; the next build starts at once, sweeps up and succeeds."""
+    env = {"CXX": script(tmp_path, SLOW), "CALLS": str(tmp_path / "calls"), "WAIT": "5"}
+    code = (
+        f"from pathlib import Path; from ds_kernels.build import build; build('adam', Path({str(cache)!r}))"
+    )
+    path = {"PYTHONPATH": str(PACKAGE / "src")}
+    victim = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, **env, **path}, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "calls").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(victim.pid, signal.SIGKILL)
+    victim.wait()
+    assert list(cache.glob(".work-*"))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build.build("adam", cache).exists()
+    assert not list(cache.glob(".work-*"))
+
+
+def test_cli(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cli.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    assert "ds::adam_step_  cpu     native" in shown
+    assert str(cache) in shown
+    monkeypatch.setenv("CXX", "/bin/false")
+    assert cli.main(["build", "adam"]) == 1
+    assert "/bin/false --version exited with 1" in capsys.readouterr().out
+
+
+def test_import_is_quiet_and_needs_no_torch() -> None:
+    """Importing the package and its build driver imports neither torch nor anything heavy, and prints nothing."""
+    done = run("import sys, ds_kernels, ds_kernels.build; sys.exit('torch' in sys.modules)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    names = run("import ds_kernels\nfor name in ds_kernels.__all__: getattr(ds_kernels, name)")
+    assert (names.returncode, names.stdout, names.stderr) == (0, "", "")
+
+
+def test_wheels(tmp_path: Path) -> None:
+    """Built without torch, a wheel of this platform; unpacked, it runs where there is no compiler."""
+    hatchling = (
+        "import sys; sys.modules['torch'] = None; from hatchling.cli import hatchling; sys.exit(hatchling())"
+    )
+    command = [sys.executable, "-c", hatchling, "build", "-t", "wheel", "-d"]
+    for name, aot in (("pure", ""), ("native", "1")):
+        env = {**os.environ, "DS_KERNELS_AOT": aot}
+        subprocess.run(
+            [*command, str(tmp_path / name)],
+            cwd=PACKAGE,
+            env=env,
+            check=True,
+            capture_output=True,
+            timeout=120,
+        )
+    pure, native = (next((tmp_path / name).glob("*.whl")) for name in ("pure", "native"))
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert "-py3-none-linux_" in native.name
+    names = {*zipfile.ZipFile(native).namelist()} - {*zipfile.ZipFile(pure).namelist()}
+    assert names >= {"ds_kernels/prebuilt/libds_adam.so", "ds_kernels/prebuilt/libds_adam.so.key"}
+    assert "ds_kernels/sources/adam/adam_cpu.cpp" in zipfile.ZipFile(pure).namelist()
+    site = tmp_path / "site"
+    zipfile.ZipFile(native).extractall(site)
+    env = {"CXX": "/bin/false", "DS_KERNELS_CACHE": str(tmp_path / "none"), "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "native native\n", "")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_prebuilt_library_of_other_sources_is_not_used(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from ds_kernels import library
+
+    caplog.set_level(logging.WARNING)
+    build.build("adam", tmp_path)
+    monkeypatch.setattr(build, "PREBUILT", tmp_path)
+    assert library.open_library("adam").origin == "came with the wheel"
+    (tmp_path / "libds_adam.so.key").write_text("of other sources")
+    assert library.open_library("adam").origin.startswith("built now by")
+    assert library.open_library("adam").origin.startswith("built before by")
+    assert not caplog.records
