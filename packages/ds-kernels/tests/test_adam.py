@@ -266,8 +266,8 @@ def test_hundred_steps_against_torch(decoupled: bool, maximize: bool) -> None:
 def test_low_precision_parameters_stay_within_their_rounding(dtype: torch.dtype) -> None:
     """Each step rounds once, by at most u * |p| (u: half an ulp of 1); the update itself is computed in fp32.
 
-    The update depends on p only through weight decay (factor 1 - lr * wd <= 1), so after T steps the distance to
-    the fp32 run on the same gradients is at most T roundings: T * u * max|p| (+ the smallest subnormal of fp16).
+    The update depends on p only through weight decay (factor 1 - lr * wd <= 1), so after T steps the distance
+    to the fp32 run on the same gradients is at most T roundings: T * u * max|p| (+ fp16's least subnormal).
     """
     load("adam", torch.device("cpu"))
     unit = torch.finfo(dtype).eps / 2

@@ -13,9 +13,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from ds_kernels import BuildError, build, cli
+from ds_kernels import BuildError, build, cli, registry
 
+CPU = torch.device("cpu")
 PACKAGE = Path(__file__).resolve().parents[1]
 # A compiler that answers --version and then fails the way compilers do.
 FAILING = """#!/bin/sh
@@ -141,31 +143,52 @@ def test_broken_compiler_falls_back_with_one_warning(tmp_path: Path) -> None:
     assert not done.stderr
 
 
-def test_strict_and_forced(tmp_path: Path) -> None:
-    """Strict loading and DS_KERNELS=native raise; DS_KERNELS=reference is silent; anything else is refused."""
-    strict = """
-import torch
-from ds_kernels import load, KernelUnavailable
-try:
-    load("adam", torch.device("cpu"), strict=%s)
-except (KernelUnavailable, ValueError) as error:
-    print(type(error).__name__, str(error).splitlines()[0])
-else:
-    print("loaded", load("adam", torch.device("cpu")))
-"""
-    broken = {"CXX": "/bin/false", "DS_KERNELS_CACHE": str(tmp_path / "cache")}
-    said = [
-        run(strict % "True", **broken).stdout,
-        run(strict % "False", DS_KERNELS="native", **broken).stdout,
-        run(strict % "False", DS_KERNELS="fast", **broken).stdout,
-    ]
-    assert said[0].startswith(
-        "KernelUnavailable cannot build the 'adam' kernels: /bin/false --version exited"
-    )
-    assert said[1] == said[0]
-    assert said[2].startswith("ValueError DS_KERNELS='fast'")
-    silent = run(LOAD, DS_KERNELS="reference", **broken)
-    assert (silent.stdout, silent.stderr) == ("reference reference\n", "")
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch) -> registry.Registry:
+    """A registry that knows the ops and has loaded nothing."""
+    fresh = registry.Registry()
+    fresh.kernels.update(registry.registry().kernels)
+    monkeypatch.setattr(registry, "registry", lambda: fresh)
+    return fresh
+
+
+def test_strict_and_forced_native_raise(
+    cache: Path,
+    unloaded: registry.Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    words = "cannot build the 'adam' kernels: /bin/false --version exited"
+    with pytest.raises(registry.KernelUnavailable, match=words):
+        registry.load("adam", CPU, strict=True)
+    with monkeypatch.context() as forced:
+        forced.setenv("DS_KERNELS", "native")
+        with pytest.raises(registry.KernelUnavailable, match=words):
+            registry.load("adam", CPU)
+    assert not caplog.records
+    assert [registry.load("adam", CPU) for _ in range(3)] == ["reference"] * 3
+    assert len(caplog.records) == 1
+    with pytest.raises(registry.KernelUnavailable, match="only the reference is there: /bin/false"):
+        registry.load("adam", CPU, strict=True)
+
+
+def test_forced_reference_is_silent_and_other_words_are_refused(
+    cache: Path,
+    unloaded: registry.Registry,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    monkeypatch.setenv("DS_KERNELS", "fast")
+    with pytest.raises(ValueError, match="DS_KERNELS='fast': allowed are 'reference', 'native'"):
+        registry.load("adam", CPU)
+    monkeypatch.setenv("DS_KERNELS", "reference")
+    assert registry.load("adam", CPU) == "reference"
+    assert registry.report() == [("ds::adam_step_", "cpu", "reference", "DS_KERNELS=reference")]
+    assert not caplog.records
+    with pytest.raises(LookupError, match="no kernel family 'adma'; there are: adam"):
+        registry.load("adma", CPU)
 
 
 def test_two_processes_build_once(tmp_path: Path) -> None:
@@ -217,7 +240,7 @@ def test_cli(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 
 
 def test_import_is_quiet_and_needs_no_torch() -> None:
-    """Importing the package and its build driver imports neither torch nor anything heavy, and prints nothing."""
+    """Importing the package and its build driver takes no torch and prints nothing."""
     done = run("import sys, ds_kernels, ds_kernels.build; sys.exit('torch' in sys.modules)")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     names = run("import ds_kernels\nfor name in ds_kernels.__all__: getattr(ds_kernels, name)")

@@ -105,16 +105,17 @@ class FusedAdam(Optimizer):
                 "maximize": group["maximize"],
             }
             for slots in self._batches(group["params"]):
-                torch._foreach_add_([slot.state["step"] for slot in slots], 1)
+                steps = [slot.state["step"] for slot in slots]
                 OP(
                     [slot.param for slot in slots],
                     [slot.grad for slot in slots],
                     *([slot.state[name] for slot in slots] for name in _MOMENTS),
                     [slot.copy for slot in slots if slot.copy is not None],
-                    [int(slot.state["step"]) for slot in slots],
+                    [int(step) + 1 for step in steps],
                     **hyper,
                     grad_coef=coef,
                 )
+                torch._foreach_add_(steps, 1.0)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
