@@ -95,8 +95,8 @@ def run_cell(case_name: str, stage: int, accumulate: int, dtype_name: str) -> No
         if dtype is None:
             assert_close_norm(full_masters(owner), twin.parameters(), rtol)
         else:
-            # Adam turns a rounding error in a gradient near zero into a step of the other sign, so weights are
-            # held to plain AdamW in fp32 on the very gradients that were checked above.
+            # Adam turns a rounding error in a gradient near zero into a step of the other sign, so weights
+            # are held to plain AdamW in fp32 on the very gradients that were checked above.
             step_on(shadow, shadow_optimizer, grads)
             assert_close_norm(full_masters(owner), dict(shadow.named_parameters()), 1e-6)
 

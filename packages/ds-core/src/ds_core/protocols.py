@@ -6,33 +6,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec, Communicator
 from ds_core.state.layout import BucketLayout
 from ds_core.state.shard import FlatShard, Json, Saveable, SavedTensor
-
-
-class Lease(Protocol):
-    """Borrowed bytes: `tensor` is valid inside the `with`; leaving it gives them back, written if `dirty`."""
-
-    tensor: Tensor
-    dirty: bool
-
-    def __enter__(self) -> Lease: ...
-    def __exit__(self, *exc: object) -> None: ...
-
-
-class Store(Protocol):
-    """Owns named 1-D tensors in some tier: device, pinned host, NVMe, or a policy over several."""
-
-    def create(self, key: str, init: Tensor) -> None: ...
-    def prefetch(self, keys: Sequence[str]) -> None: ...
-    def lease(self, key: str, device: torch.device) -> Lease: ...
-    def bytes_by_tier(self) -> dict[str, int]: ...
-    def flush(self) -> None: ...
+from ds_core.state.store import Lease, Store
 
 
 class Shard(Protocol):

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
-from ds_core.state.hooks import in_backward
+from ds_core.state.hooks import OwnerHooks, in_backward
 from ds_core.state.unit import FlatUnit, Whole
+from ds_zero.gather import Gatherer
 from ds_zero.prefetch import OrderHint
 
-if TYPE_CHECKING:
-    from ds_zero.owner import ZeroOwner
+
+class Used(Protocol):
+    """What the hooks ask of the owner whose units they bring and let go."""
+
+    model: nn.Module
+    units: list[FlatUnit]
+    hooks: OwnerHooks
+    gatherer: Gatherer
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -41,7 +48,7 @@ class UseHooks:
     (an embedding) need none of them for their backward, so none are gathered.
     """
 
-    def __init__(self, owner: ZeroOwner, *, prefetch_numel: int) -> None:
+    def __init__(self, owner: Used, *, prefetch_numel: int) -> None:
         self._owner = owner
         self._units = owner.units
         self._index = {id(unit): index for index, unit in enumerate(self._units)}

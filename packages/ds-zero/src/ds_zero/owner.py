@@ -4,22 +4,39 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import torch
 from torch import nn
 
 from ds_core.ground.mesh import Mesh
 from ds_core.protocols import Codec, Store
+from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner
 from ds_core.state.unit import FlatUnit, Precision, Whole
 from ds_core.state.units import UnitPlan
 from ds_zero.gather import Gatherer
 from ds_zero.hooks import UseHooks
-from ds_zero.materialize import materialize_unit
+from ds_zero.materialize import Initializer, materialize_unit
 from ds_zero.stages import Lifetime
 
-if TYPE_CHECKING:
-    from ds_zero.zero import Zero
+
+class Settings(Protocol):
+    """What the owner reads of `Zero(...)`."""
+
+    cut: Cut
+    bucket_numel: int
+    prefetch_numel: int
+    persist_numel: int
+    overlap: bool
+    initializer: Initializer | None
+
+    @property
+    def lifetime(self) -> Lifetime: ...
+    @property
+    def param_dtype(self) -> torch.dtype | None: ...
+    @property
+    def accumulate_dtype(self) -> torch.dtype | None: ...
 
 
 class ZeroOwner(FlatOwner):
@@ -34,7 +51,7 @@ class ZeroOwner(FlatOwner):
         self,
         model: nn.Module,
         mesh: Mesh | None,
-        config: Zero,
+        config: Settings,
         *,
         store: Store | None = None,
         gather: Codec | None = None,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils.hooks import RemovableHandle
 
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from ds_core.state.owner import FlatOwner
-    from ds_core.state.unit import FlatUnit
+from ds_core.state.reduce import GradReducer
+from ds_core.state.unit import FlatUnit
 
 _DTYPES = {
     "float32": torch.float32,
@@ -45,10 +45,25 @@ def at_end_of_backward(fn: Any) -> None:
     Variable._execution_engine.queue_callback(fn)
 
 
+class Hooked(Protocol):
+    """What the hooks ask of the owner that they are registered for."""
+
+    model: nn.Module
+    units: list[FlatUnit]
+    trainable: list[FlatUnit]
+    reducer: GradReducer
+
+    def gradients_taken(self, unit: FlatUnit) -> None: ...
+    def close_round(self) -> None: ...
+    def zero_grad(self) -> None: ...
+    def changing(self) -> None: ...
+    def whole(self, units: Sequence[FlatUnit]) -> AbstractContextManager[None]: ...
+
+
 class OwnerHooks:
     """Registers everything on the user's module and parameters, and can take it all away again."""
 
-    def __init__(self, owner: FlatOwner) -> None:
+    def __init__(self, owner: Hooked) -> None:
         self._owner = owner
         self.handles: list[RemovableHandle] = []
         for index, unit in enumerate(owner.trainable):

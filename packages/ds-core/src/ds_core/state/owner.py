@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_core.ground.mesh import Mesh, Topology
-from ds_core.protocols import Codec, Store
+from ds_core.ground.wire import Codec
 from ds_core.state.hooks import OwnerHooks, dtype_of
 from ds_core.state.layout import Cut
 from ds_core.state.reduce import GradReducer
 from ds_core.state.shard import FlatShard, Json, SavedTensor
-from ds_core.state.store import DeviceStore
+from ds_core.state.store import DeviceStore, Store
 from ds_core.state.unit import FlatUnit, Precision, Whole
 from ds_core.state.units import UnitPlan, plan_units
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_core.ground.codec import CastCodec, reduce_coded
 from ds_core.ground.ticket import Ticket
-from ds_core.protocols import Codec, Communicator
+from ds_core.ground.wire import Codec, Communicator
 from ds_core.state.unit import FlatUnit
 
 IN_FLIGHT = 2  # reductions under way at once: enough to overlap, few enough to bound memory

@@ -1,11 +1,32 @@
-"""The plain store: named tensors that stay on the device."""
+"""Who keeps named tensors between uses: the protocol, and the plain store where they stay on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Lease(Protocol):
+    """Borrowed bytes: `tensor` is valid inside the `with`; leaving it gives them back, written if `dirty`."""
+
+    tensor: Tensor
+    dirty: bool
+
+    def __enter__(self) -> Lease: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+
+class Store(Protocol):
+    """Owns named 1-D tensors in some tier: device, pinned host, NVMe, or a policy over several."""
+
+    def create(self, key: str, init: Tensor) -> None: ...
+    def prefetch(self, keys: Sequence[str]) -> None: ...
+    def lease(self, key: str, device: torch.device) -> Lease: ...
+    def bytes_by_tier(self) -> dict[str, int]: ...
+    def flush(self) -> None: ...
 
 
 class HeldLease:

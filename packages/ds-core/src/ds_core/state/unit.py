@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ds_core.ground.ticket import Ticket
-from ds_core.protocols import Lease, Store
 from ds_core.state.layout import BucketLayout, Cut, plan_layout
+from ds_core.state.store import Lease, Store
 from ds_core.state.units import UnitPlan
 
 
