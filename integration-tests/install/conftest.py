@@ -61,7 +61,7 @@ Probe = Callable[..., dict[str, object]]
 
 @pytest.fixture
 def probe_in(tmp_path: Path) -> Probe:
-    """`probe_in(python, module, what)` runs probe.py with an empty home: what it saw, printed and left behind."""
+    """`probe_in(python, module, what)` runs probe.py with an empty home: what it saw and left."""
     places = {name: tmp_path / name for name in ("HOME", "TMPDIR", "cwd")}
     script, result = Path(__file__).with_name("probe.py"), tmp_path / "result.json"
 
