@@ -208,7 +208,7 @@ def tests(session: nox.Session, suite: str) -> None:
     if suite == "gates":
         for name in ("lint", "types", "docs"):
             session.notify(name, [])
-        session.install("-q", *GROUPS["test"], *GROUPS["lint"])
+        session.install("-q", *GROUPS["test"], *GROUPS["lint"], *GROUPS["gates"])
         run_pytest(session, "-q", "tools/tests")
     elif suite == "integration":
         names = [
