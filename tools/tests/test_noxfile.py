@@ -1,4 +1,4 @@
-"""The sessions: what a package brings, what the last line says, and that README and CI run the same command."""
+"""The sessions: what a package brings, what the last line says, that CI runs what the README says."""
 
 import importlib.util
 import sys
