@@ -95,20 +95,22 @@ def find_undeclared(repo: Repo) -> Iterator[str]:
 def find_folder_arrows(repo: Repo) -> Iterator[str]:
     """Imports that climb from a lower folder of a package to a higher one."""
     for package, order in repo.settings.get("folders", {}).items():
-        rank = {name: index for index, name in enumerate(order)}
+        levels = [[level] if isinstance(level, str) else level for level in order]
+        rank = {name: index for index, names in enumerate(levels) for name in names}
+        ladder = " < ".join(", ".join(names) for names in levels)
         for module in repo.modules.values():
             if module.package != package:
                 continue
             own = folder_of(module.name)
             if own and own not in rank:
                 where = repo.relative(module.path)
-                yield f"{where}:1: {own} has no place in [tool.ds.folders] {package}: {' < '.join(order)}"
+                yield f"{where}:1: {own} has no place in [tool.ds.folders] {package}: {ladder}"
                 continue
             for item in find_imports(repo, module):
                 other = folder_of(item.target) if item.target.split(".")[0] == package else ""
                 if other in rank and rank[other] > rank.get(own, -1):
-                    where, names = item.where(repo), " < ".join(order)
-                    yield f"{where}: {own or package} imports {item.target}; the order is {names}"
+                    where = item.where(repo)
+                    yield f"{where}: {own or package} imports {item.target}; the order is {ladder}"
 
 
 def folder_of(name: str) -> str:

@@ -139,7 +139,7 @@ def first_line(module: Module) -> str:
 def check(find: Callable[[Repo], Iterator[str]], argv: Sequence[str] | None = None) -> int:
     """Print every finding; the exit status of a tool that only looks. Takes no argument but a folder."""
     args = list(sys.argv[1:] if argv is None else argv)
-    findings = list(find(Repo(Path(args[0]).resolve()) if args else Repo()))
+    findings = dict.fromkeys(find(Repo(Path(args[0]).resolve()) if args else Repo()))
     for text in findings:
         print(text)
     return 1 if findings else 0

@@ -14,7 +14,7 @@ SETTINGS = """
 ds_core = []
 ds_zero = ["ds_core"]
 [tool.ds.folders]
-ds_core = ["ground", "train"]
+ds_core = ["ground", ["state", "protocols"], "train"]
 [tool.ds.distributions]
 yaml = "pyyaml"
 [tool.ds.sizes]

@@ -11,6 +11,9 @@ ZERO = "packages/ds-zero/src/ds_zero"
 GOOD = {
     f"{CORE}/__init__.py": '"""A room."""\n_HOME: dict[str, str] = {"Engine": "ds_core.train.engine"}\n',
     f"{CORE}/ground/mesh.py": "import numpy\nimport json\n",
+    f"{CORE}/protocols.py": "from ds_core.state import layout\n",
+    f"{CORE}/state/layout.py": "import ds_core.ground.mesh\n",
+    f"{CORE}/state/owner.py": "import ds_core.protocols\n",
     f"{CORE}/train/engine.py": "from ds_core.ground import mesh\nfrom ..ground.mesh import x\n",
     f"{ZERO}/owner.py": "from ds_core import Engine\n\ndef plot():\n    import matplotlib\n",
     f"{ZERO}/recipes/train.py": "import matplotlib\n",
@@ -40,6 +43,14 @@ BAD = {
     "upwards, through the table": (
         {f"{CORE}/ground/x.py": "from ds_core import Engine\n"},
         "ground imports ds_core.train",
+    ),
+    "upwards, from a file": (
+        {f"{CORE}/protocols.py": "import ds_core.train\n"},
+        "protocols imports ds_core.train",
+    ),
+    "upwards, for types": (
+        {f"{CORE}/ground/x.py": "if TYPE_CHECKING:\n    from ds_core.protocols import Store\n"},
+        "ground imports ds_core.protocols; the order is ground < state, protocols < train",
     ),
     "a folder without a place": ({f"{CORE}/misc/x.py": ""}, "misc has no place in"),
     "two-way": (
