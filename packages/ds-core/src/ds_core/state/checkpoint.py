@@ -23,7 +23,6 @@ from ds_core.state.checkpoint_peers import Peers
 from ds_core.state.checkpoint_plan import Collected, WritePlan, collect, parse_held, plan_writes
 from ds_core.state.checkpoint_reader import load_parts
 from ds_core.state.checkpoint_staging import Snapshot, Staging
-from ds_core.state.checkpoint_writer import Entry
 from ds_core.state.shard import FlatShard, Json, Saveable
 
 
@@ -95,7 +94,7 @@ class CheckpointStore:
         """Run the job in its thread; `changing` are the parts to snapshot when nobody waits for it."""
         handle = SaveHandle(self._directory / commit.step_name(job.step))
         if changing is None:
-            for device in {owned.entry.source.device for owned in job.owned}:
+            for device in {owned.memory.device for owned in job.owned}:
                 if device.type != "cpu":
                     torch.accelerator.synchronize(device)
         else:
@@ -113,17 +112,14 @@ class CheckpointStore:
     def _snapshot(self, job: SaveJob, parts: Mapping[str, Saveable]) -> SaveJob:
         # See [Note: what may still change]
         hooks = {name: getattr(part, "before_next_change", None) for name, part in parts.items()}
-        sources = [owned.entry.source for owned in job.owned]
+        sources = [owned.memory for owned in job.owned]
         copies = self._staging.views(sources)
         snapshot = Snapshot(sources, copies, [hooks[owned.part] is not None for owned in job.owned])
         for hook in hooks.values():
             if hook is not None:
                 hook(snapshot.wait_late)
         snapshot.copy_now()
-        owned = [
-            replace(owned, entry=replace(owned.entry, source=copy))
-            for owned, copy in zip(job.owned, copies, strict=True)
-        ]
+        owned = [replace(owned, memory=copy) for owned, copy in zip(job.owned, copies, strict=True)]
         return replace(job, owned=owned, snapshot=snapshot)
 
     def _plan(self, peers: Peers, text: str, key: str) -> WritePlan:
@@ -181,7 +177,7 @@ class CheckpointStore:
         peers = Peers(self._group)
         mine = collect(parts, None)
         held = [parse_held(each) for each in peers.gather_text(mine.describe())]
-        self._staging.reserve([owned.entry.source for owned in _owned(mine, plan_writes(held), peers.rank)])
+        self._staging.reserve([owned.memory for owned in _owned(mine, plan_writes(held), peers.rank)])
 
     def wait(self) -> None:
         """Wait for the save in the background.
@@ -215,5 +211,5 @@ def _owned(mine: Collected, plan: WritePlan, rank: int) -> Iterator[Owned]:
         held, memory = mine.held[write.held], mine.memory[write.held]
         flat = memory[write.start - held.start : write.end - held.start]
         for box, view in FlatShard(flat, torch.Size(held.shape), write.start).boxes():
-            name = entry_name(held.part, held.name, box, held.shape)
-            yield Owned(held.part, held.name, box, Entry(name, held.dtype, box[1], view.reshape(-1)))
+            key = entry_name(held.part, held.name, box, held.shape)
+            yield Owned(held.part, held.name, box, key, view.reshape(-1))

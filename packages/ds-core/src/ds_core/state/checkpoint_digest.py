@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ds_core.state.checkpoint_index import DamagedCheckpoint, FileRecord, Index
+from ds_core.state.checkpoint_index import DamagedCheckpoint, FileRecord
 
 BLOCK = 1 << 20
 CHUNK = 4 * BLOCK
@@ -96,9 +96,3 @@ def check_file(step_dir: Path, name: str, record: FileRecord, *, strong: bool) -
             f"{step_dir / name} was changed after it was written: {kind} is {got}, the index says {wanted}; "
             "load another step or restore the file"
         )
-
-
-def verify_step(step_dir: Path, index: Index) -> None:
-    """Check every file of a step against size, sum64 and sha256, one after another."""
-    for name, record in sorted(index.files.items()):
-        check_file(step_dir, name, record, strong=True)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ds_core.state import checkpoint_commit as commit
 from ds_core.state.checkpoint_index import (
     INDEX,
@@ -77,12 +79,13 @@ class SaveHandle:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """One box that this rank writes: whose it is, and its memory."""
+    """One box that this rank writes: whose it is, its name in the file, and its memory, flat."""
 
     part: str
     name: str
     box: Box
-    entry: Entry
+    key: str
+    memory: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +134,13 @@ class SaveJob:
             raise SaveError(reason, rank=self.rank, path=str(work))
         if self.rank == 0:
             commit.clean(self.directory, work)
-        by_entry = {id(owned.entry): owned for owned in self.owned}
-        packed = pack([owned.entry for owned in self.owned])
+        by_key = {owned.key: owned for owned in self.owned}
+        packed = pack([Entry(o.key, o.memory.dtype, o.box[1], o.memory) for o in self.owned])
         files = [(self._file_name(number), entries) for number, entries in enumerate(packed)]
         records = write_files(work, files, rank=self.rank)
         boxes = []
         for name, entries in files:
-            for owned in (by_entry[id(entry)] for entry in entries):
+            for owned in (by_key[entry.name] for entry in entries):
                 boxes.append([owned.part, owned.name, name, *owned.box])
         described = {name: [record.bytes, record.sha256, record.sum64] for name, record in records.items()}
         return {"files": described, "boxes": boxes, "values": self.values}

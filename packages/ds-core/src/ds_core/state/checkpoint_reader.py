@@ -211,6 +211,14 @@ def stored_runs(
     return sorted(runs, key=lambda run: run.start)
 
 
+def check_entries(step_dir: Path, index: Index) -> None:
+    """Raise DamagedCheckpoint unless every box of the index is in its file, with its dtype and sizes."""
+    headers: dict[str, dict[str, Placed]] = {}
+    for part_name, part in index.parts.items():
+        for name, stored in part.tensors.items():
+            stored_runs(step_dir, part_name, name, stored, headers)
+
+
 def box_runs(offsets: Sequence[int], sizes: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, int]]:
     """The (flat start, length) runs of a box in a row-major tensor of `shape`, in the box's own order."""
     if math.prod(sizes) == 0:

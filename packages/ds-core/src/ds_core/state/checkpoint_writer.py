@@ -7,7 +7,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +28,12 @@ _FILES_PER_RANK = 6
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file: its name there, and flat contiguous memory to write."""
+    """One tensor of a file: its name there, and flat memory, or what gives it when its turn comes."""
 
     name: str
     dtype: torch.dtype
     sizes: tuple[int, ...]
-    source: Tensor
+    source: Tensor | Callable[[], Tensor]
 
     @property
     def bytes(self) -> int:
@@ -68,7 +68,7 @@ def write_files(
     def write(file: tuple[str, Sequence[Entry]]) -> None:
         name, entries = file
         if not hasattr(local, "buffer"):
-            pinned = any(entry.source.device.type != "cpu" for entry in entries)
+            pinned = any(isinstance(e.source, Tensor) and e.source.device.type != "cpu" for e in entries)
             local.buffer = torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned)
         records[name] = write_safetensors(directory / name, entries, rank=rank, buffer=local.buffer)
 
@@ -81,6 +81,8 @@ def safetensors_header(entries: Sequence[Entry], metadata: dict[str, str] | None
     header: dict[str, object] = {} if metadata is None else {"__metadata__": metadata}
     at = 0
     for entry in entries:
+        if entry.name in header:
+            raise ValueError(f"two tensors would both be called {entry.name!r} in one file; rename one")
         header[entry.name] = {
             "dtype": SAFETENSORS_NAMES[entry.dtype],
             "shape": list(entry.sizes),
@@ -152,9 +154,7 @@ def _write_all(descriptor: int, chunk: NDArray[np.uint8]) -> int:
 def _chunks(header: bytes, entries: Sequence[Entry], buffer: Tensor) -> Iterator[NDArray[np.uint8]]:
     """The file's bytes as full buffers (the last one shorter); each is valid until the next is asked for."""
     out, fill = buffer.numpy(), 0
-    sources = [torch.frombuffer(bytearray(header), dtype=torch.uint8)]
-    sources += [entry.source.view(torch.uint8) for entry in entries if entry.bytes]
-    for source in sources:
+    for source in _sources(header, entries):
         at, total = 0, source.numel()
         host = source.numpy() if source.device.type == "cpu" else None
         while at < total:
@@ -169,3 +169,11 @@ def _chunks(header: bytes, entries: Sequence[Entry], buffer: Tensor) -> Iterator
                 fill = 0
     if fill:
         yield out[:fill]
+
+
+def _sources(header: bytes, entries: Sequence[Entry]) -> Iterator[Tensor]:
+    yield torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    for entry in entries:
+        if entry.bytes:
+            source = entry.source if isinstance(entry.source, Tensor) else entry.source()
+            yield source.view(torch.uint8)
