@@ -32,6 +32,8 @@ _HOME: dict[str, str] = {
     "ResumableLoader": "ds_core.train.sampler",
     "ResumableSampler": "ds_core.train.sampler",
     "build_schedule": "ds_core.train.schedule",
+    "Config": "ds_core.setup.config",
+    "ConfigError": "ds_core.setup.config",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -1,0 +1,256 @@
+"""A DeepSpeed config file -> a frozen Plan; nothing in it is ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_core.setup.batch import ACCUMULATE, MICRO, TRAIN, Batch, solve_batch
+from ds_core.setup.config import ConfigError, Origin, Problem, merge
+from ds_core.setup.deepspeed_keys import ROWS
+from ds_core.setup.findings import DEFAULT, Findings, walk, with_aliases
+from ds_core.setup.named import plan_optimizer, plan_scheduler
+from ds_core.setup.plan import KeyRow, LossScale, Named, Plan, Reporting, Zero
+from ds_core.setup.readers import DTYPES, as_number, whole
+from ds_core.setup.source import Source, read_layer
+
+WORLD = Origin("code", "world size")
+NOT_DERIVABLE = 'given "auto"; it cannot be derived: give a value, or pass one for it in code'
+
+# Larger buckets than this only delay the first reduction; ds_zero's own default.
+_BUCKET_NUMEL = 1_000_000
+
+
+def translate(
+    *sources: Source, world: int = 1, auto: Mapping[str, Any] | None = None, world_origin: Origin = WORLD
+) -> Plan:
+    """The Plan that the sources come to together, later ones winning.
+
+    `auto` holds values for keys that say "auto", by dotted key ("optimizer.params.lr"), and "dtype", the
+    dtype of the model's parameters. Raises ConfigError with every problem in the files at once.
+    """
+    tree, origins = merge([with_aliases(read_layer(source)) for source in sources])
+    found = Findings(origins, dict(auto or {}))
+    walk(tree, "", found)
+    plan = _derive(found, world, world_origin)
+    if found.problems:
+        raise ConfigError("DeepSpeed config", found.problems)
+    assert plan is not None
+    return plan
+
+
+def explain(plan: Plan) -> list[KeyRow]:
+    """Every key: what it came to, where it was written, where it acts. The rest is "default"."""
+    return list(plan.keys)
+
+
+def _derive(found: Findings, world: int, world_origin: Origin) -> Plan | None:
+    """What follows from several keys together. Notes problems; None when there is no plan to be made."""
+    batch = _batch(found, world, world_origin)
+    dtype, autocast = _precision(found)
+    optimizer = _optimizer(found)
+    scheduler = _scheduler(found, optimizer.params.get("lr") if optimizer else None)
+    stage = found.get("zero_optimization.stage")
+    if found.problems or batch is None:
+        return None
+    plan = Plan(
+        world=world,
+        train_batch_size=batch.train,
+        micro_batch_size=batch.micro,
+        accumulate=batch.accumulate,
+        stage=stage,
+        dtype=dtype,
+        autocast=autocast,
+        cast_inputs=found.get("fp16.auto_cast") and dtype == "float16",
+        loss_scale=_loss_scale(found, dtype, autocast),
+        skip_overflow=dtype == "bfloat16" and found.get("bf16.check_grad_overflow"),
+        max_norm=found.get("gradient_clipping") or None,
+        zero=_zero(found, stage),
+        optimizer=optimizer,
+        scheduler=scheduler,
+        reporting=_reporting(found),
+        drop_last=found.get("dataloader_drop_last"),
+        tag_validation=found.get("checkpoint.tag_validation"),
+        disable_python_gc=found.get("disable_python_gc"),
+        allow_untested_optimizer=found.get("zero_allow_untested_optimizer"),
+        notices=tuple(_notices(found)),
+    )
+    return plan.model_copy(update={"keys": tuple(_key_rows(found, plan))})
+
+
+def _batch(found: Findings, world: int, world_origin: Origin) -> Batch | None:
+    wrong = {problem.key for problem in found.problems}
+    names = (TRAIN, MICRO, ACCUMULATE)
+    if wrong & set(names):
+        return None
+    sizes = {name: (found.values[name], found.source(name)) for name in names if found.given(name)}
+    batch, problem = solve_batch(sizes, world, world_origin)
+    if problem:
+        found.problems.append(problem)
+    given = found.get("data_parallel_size")
+    if given not in (None, world):
+        found.add("data_parallel_size", f"given {given}, but there are {world} ranks; leave it out")
+    return batch
+
+
+def _precision(found: Findings) -> tuple[Any, Any]:
+    """(dtype of parameters and arithmetic, dtype of autocast or None)."""
+    for key, dtype in (("fp16.enabled", "float16"), ("bf16.enabled", "bfloat16")):
+        if not found.given(key) and key in found.sources:  # it said auto
+            model = DTYPES.get(str(found.auto.get("dtype")))
+            found.values[key] = model == dtype
+            found.sources[key] = Origin("derived", f"auto, the model is {model or 'of unknown dtype'}")
+    fp16, bf16 = found.get("fp16.enabled"), found.get("bf16.enabled")
+    autocast = found.get("torch_autocast.enabled")
+    on = [key for key, value in (("fp16", fp16), ("bf16", bf16), ("torch_autocast", autocast)) if value]
+    if len(on) > 1:
+        given = ", ".join(f"{name}.enabled ({found.source(f'{name}.enabled')})" for name in on)
+        found.add(f"{on[0]}.enabled", f"only one precision at a time, given {given}; switch all but one off")
+    dtype = "float16" if fp16 else "bfloat16" if bf16 else "float32"
+    wire = found.get("torch_autocast.dtype") or "bfloat16"
+    for key in ("data_types.param_dtype", "communication_data_type"):
+        if found.get(key) not in (None, dtype):
+            section = on[0] if on else "no precision section"
+            found.add(
+                key,
+                f"given {found.get(key)}, but the compute dtype is {dtype} (from {section}); leave it out, or"
+                " switch that precision on; other wire formats need ds-comm",
+            )
+    return dtype, wire if autocast else None
+
+
+def _loss_scale(found: Findings, dtype: str, autocast: str | None) -> LossScale | None:
+    if "float16" not in (dtype, autocast):
+        return None
+    static = found.get("fp16.loss_scale") if dtype == "float16" else 0.0
+    return LossScale(
+        static=static or None,
+        initial=2.0 ** found.get("fp16.initial_scale_power"),
+        window=found.get("fp16.loss_scale_window"),
+        hysteresis=found.get("fp16.hysteresis"),
+        consecutive_hysteresis=found.get("fp16.consecutive_hysteresis"),
+        minimum=float(found.get("fp16.min_loss_scale")),
+    )
+
+
+def _zero(found: Findings, stage: int) -> Zero:
+    def key(name: str) -> str:
+        return f"zero_optimization.{name}"
+
+    buckets = [found.values.get(key(name)) for name in ("reduce_bucket_size", "allgather_bucket_size")]
+    bucket = min((size for size in buckets if size is not None), default=_BUCKET_NUMEL)
+    prefetch = min(
+        found.get(key("stage3_prefetch_bucket_size")), found.get(key("stage3_max_live_parameters"))
+    )
+    return Zero(
+        grad_dtype=found.get("data_types.grad_accum_dtype"),
+        bucket_numel=bucket if bucket < _BUCKET_NUMEL else None,
+        prefetch_numel=prefetch if stage == 3 else None,
+        persist_numel=found.get(key("stage3_param_persistence_threshold")) if stage == 3 else None,
+        overlap=found.get(key("overlap_comm")),
+    )
+
+
+def _optimizer(found: Findings) -> Named | None:
+    params = found.get("optimizer.params")
+    if not found.given("optimizer.type"):
+        if params:
+            found.add("optimizer.type", 'needed when there are "optimizer.params", but not given')
+        return None
+    wanted = _fill(found, "optimizer.params", params, {}, numbers=("lr", "eps", "weight_decay", "momentum"))
+    named, problems = plan_optimizer(found.get("optimizer.type"), wanted)
+    found.problems += [Problem(p.key, p.message, found.origin(p.key)) for p in problems]
+    return named
+
+
+def _scheduler(found: Findings, optimizer_lr: float | None) -> Named | None:
+    params = found.get("scheduler.params")
+    if not found.given("scheduler.type"):
+        if params:
+            found.add("scheduler.type", 'needed when there are "scheduler.params", but not given')
+        return None
+    derivable = {"warmup_max_lr": optimizer_lr, "warmup_min_lr": 0.0}
+    wanted = _fill(found, "scheduler.params", params, derivable, numbers=("warmup_max_lr", "warmup_min_lr"))
+    named, problems = plan_scheduler(found.get("scheduler.type"), wanted)
+    found.problems += [Problem(p.key, p.message, found.origin(p.key)) for p in problems]
+    return named
+
+
+def _fill(
+    found: Findings,
+    section: str,
+    params: Mapping[str, Any],
+    derivable: Mapping[str, Any],
+    *,
+    numbers: Sequence[str],
+) -> dict[str, Any]:
+    """The section with every "auto" replaced, and numbers that were written as strings read."""
+    filled: dict[str, Any] = {}
+    for name, value in params.items():
+        key = f"{section}.{name}"
+        if value == "auto":
+            value = found.auto.get(key, derivable.get(name))
+        if value in (None, "auto") and params[name] == "auto":
+            found.add(key, NOT_DERIVABLE)
+            continue
+        try:
+            if name.endswith("num_steps"):
+                value = whole(1)(value)
+            elif isinstance(value, str) and name in numbers:
+                value = as_number(value)
+        except ValueError as error:
+            found.add(key, str(error))
+            continue
+        filled[name] = value
+    return filled
+
+
+def _reporting(found: Findings) -> Reporting:
+    return Reporting(
+        steps_per_print=found.get("steps_per_print"),
+        wall_clock_breakdown=found.get("wall_clock_breakdown"),
+        throughput=found.get("timers.throughput.enabled"),
+        synchronize=found.get("timers.throughput.synchronized"),
+        dump_state=found.get("dump_state"),
+        log_level=found.get("log_level"),
+        sinks=tuple(_sinks(found)),
+    )
+
+
+def _sinks(found: Findings) -> Sequence[Mapping[str, Any]]:
+    sinks: list[Mapping[str, Any]] = []
+    for section, kind in (("csv_monitor", "csv"), ("tensorboard", "tensorboard")):
+        if found.get(f"{section}.enabled"):
+            folder = Path(
+                found.get(f"{section}.output_path") or f"{kind}_monitor", found.get(f"{section}.job_name")
+            )
+            sinks.append({"type": kind, "path": str(folder)})
+    if found.get("wandb.enabled"):
+        names = {"project": "project", "group": "group", "team": "entity"}
+        options = {new: found.get(f"wandb.{old}") for old, new in names.items()}
+        sinks.append({"type": "wandb", **{name: value for name, value in options.items() if value}})
+    return sinks
+
+
+def _notices(found: Findings) -> Sequence[str]:
+    size = found.get("vocabulary_size")
+    odd = (
+        [f"vocabulary_size {size} is no multiple of 8, which tensor cores want"] if size and size % 8 else []
+    )
+    return [*found.notices, *odd]
+
+
+def _key_rows(found: Findings, plan: Plan) -> Sequence[KeyRow]:
+    solved = {TRAIN: plan.train_batch_size, MICRO: plan.micro_batch_size, ACCUMULATE: plan.accumulate}
+    shown = {row.key for row in found.rows}
+    rows = []
+    for key, row in ROWS.items():
+        if row.kind != "works" or key in shown:
+            continue
+        source = found.source(key) if found.given(key) else DEFAULT
+        if key in solved and not found.given(key):
+            source = Origin("derived", "from the batch equation")
+        idle = f"not at stage {plan.stage}: " if ".stage3_" in key and plan.stage != 3 else ""
+        rows.append(KeyRow(key, solved.get(key, found.get(key)), source, idle + row.acts))
+    return [*rows, *found.rows]

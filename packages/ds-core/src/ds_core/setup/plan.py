@@ -1,0 +1,95 @@
+"""What a DeepSpeed config comes to: frozen values that the objects are built from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ds_core.setup.config import Config, Origin
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Named(Config):
+    """An object by name: what a registry or an entry point builds."""
+
+    type: str
+    params: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class LossScale(Config):
+    """How the loss is scaled: `static` is a fixed factor, else it moves with overflows."""
+
+    static: float | None = None
+    initial: float = 2.0**16
+    window: int = 1000
+    hysteresis: int = 2
+    consecutive_hysteresis: bool = False
+    minimum: float = 1.0
+
+
+class Reporting(Config):
+    """What is said while training, and how often."""
+
+    steps_per_print: int | None = None
+    wall_clock_breakdown: bool = False
+    throughput: bool = True
+    synchronize: bool = True
+    dump_state: bool = False
+    log_level: str | None = None
+    sinks: tuple[Mapping[str, Any], ...] = ()
+
+
+class Zero(Config):
+    """The fields of ds_zero's Zero that a file speaks of; None leaves the package's own default."""
+
+    grad_dtype: Dtype | None = None
+    bucket_numel: int | None = None
+    prefetch_numel: int | None = None
+    persist_numel: int | None = None
+    overlap: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """One line of `explain`: a key, what it came to, where it was written and where it acts."""
+
+    key: str
+    value: Any
+    source: Origin
+    acts: str
+
+
+class Plan(Config):
+    """Everything `initialize` builds from. Made by `deepspeed_json.translate`."""
+
+    world: int
+    train_batch_size: int
+    micro_batch_size: int
+    accumulate: int
+    stage: Literal[0, 1, 2, 3] = 0
+    dtype: Dtype = "float32"
+    autocast: Dtype | None = None
+    cast_inputs: bool = False
+    loss_scale: LossScale | None = None
+    skip_overflow: bool = False
+    max_norm: float | None = 1.0
+    zero: Zero = Zero()
+    optimizer: Named | None = None
+    scheduler: Named | None = None
+    reporting: Reporting = Reporting()
+    drop_last: bool = False
+    tag_validation: Literal["Ignore", "Warn", "Fail"] = "Warn"
+    disable_python_gc: bool = False
+    allow_untested_optimizer: bool = True
+    notices: tuple[str, ...] = ()
+    keys: tuple[KeyRow, ...] = ()
+
+    def owner_spec(self) -> dict[str, Any]:
+        """What `plugins.resolve("owner", ...)` takes at stages 1 to 3."""
+        chosen = {name: value for name, value in self.zero.model_dump().items() if value is not None}
+        dtype = None if self.dtype == "float32" else self.dtype
+        return {"type": "zero", "stage": self.stage, "dtype": dtype, **chosen}
