@@ -1,0 +1,72 @@
+"""The `ds` command: quick help, exit codes, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from ds_core import __version__
+from ds_core.cli import main as cli
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    code = "import sys; from ds_core.cli.main import main; r = main(sys.argv[1:]);"
+    code += "sys.stderr.write('torch' if 'torch' in sys.modules else ''); sys.exit(r)"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    return subprocess.run(
+        [sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60, env=env, check=False
+    )
+
+
+def test_help_lists_all_commands_without_torch() -> None:
+    done = run()
+    assert (done.returncode, done.stderr) == (2, "")
+    for name in ("launch", "report", "estimate", "config", "checkpoint"):
+        assert f"\n    {name} " in done.stdout or f"\n    {name}\n" in done.stdout
+
+
+def test_launch_needs_no_torch(tmp_path: Path) -> None:
+    script = tmp_path / "x.py"
+    script.write_text("")
+    done = run("launch", "--nproc", "1", "--logs", str(tmp_path), str(script))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"ds-core {__version__}\n"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["lauch"])
+    assert "invalid choice: 'lauch'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, (module, _) in cli._COMMANDS.items() if find_spec(module)])
+def test_every_command_has_help_and_a_function(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    assert f"usage: ds {name}" in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    module, help_line = cli._COMMANDS[name]
+    import_module(module).add_parser(subparsers)
+    [shown] = subparsers._choices_actions
+    assert shown.help == help_line, "the line in cli/main.py is not that of the command"
+
+
+def test_an_error_is_one_line_and_debug_shows_more(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(["launch", "no such file.py"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("ds launch: no script 'no such file.py' in ")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("DS_DEBUG", "1")
+    with pytest.raises(FileNotFoundError):
+        cli.main(["launch", "no such file.py"])
