@@ -64,7 +64,7 @@ def _derive(found: Findings, world: int, world_origin: Origin) -> Plan | None:
         autocast=autocast,
         cast_inputs=found.get("fp16.auto_cast") and dtype == "float16",
         loss_scale=_loss_scale(found, dtype, autocast),
-        skip_overflow=dtype == "bfloat16" and found.get("bf16.check_grad_overflow"),
+        skip_overflow=dtype == "bfloat16" and found.get("bf16.check_grad_overflow") is True,
         max_norm=found.get("gradient_clipping") or None,
         zero=_zero(found, stage),
         optimizer=optimizer,
@@ -220,12 +220,14 @@ def _reporting(found: Findings) -> Reporting:
 
 def _sinks(found: Findings) -> Sequence[Mapping[str, Any]]:
     sinks: list[Mapping[str, Any]] = []
-    for section, kind in (("csv_monitor", "csv"), ("tensorboard", "tensorboard")):
+    for section in ("csv_monitor", "tensorboard"):
         if found.get(f"{section}.enabled"):
-            folder = Path(
-                found.get(f"{section}.output_path") or f"{kind}_monitor", found.get(f"{section}.job_name")
+            folder = found.get(f"{section}.output_path") or section
+            run = Path(folder, found.get(f"{section}.job_name"))
+            csv = section == "csv_monitor"
+            sinks.append(
+                {"type": "csv", "path": f"{run}.csv"} if csv else {"type": section, "folder": str(run)}
             )
-            sinks.append({"type": kind, "path": str(folder)})
     if found.get("wandb.enabled"):
         names = {"project": "project", "group": "group", "team": "entity"}
         options = {new: found.get(f"wandb.{old}") for old, new in names.items()}

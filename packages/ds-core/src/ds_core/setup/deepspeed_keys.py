@@ -114,7 +114,8 @@ _PRECISION = (
     _always("fp16.fp16_master_weights_and_grads", False, "masters are fp32"),
     _works("bf16.enabled", as_bool, False, "compute dtype of the owner", "derived"),
     _moot("bf16.immediate_grad_update", as_bool, False, "gradients are reduced as they come, at every stage"),
-    _works("bf16.check_grad_overflow", as_bool, True, "a step with infinite gradients is skipped"),
+    _works("bf16.check_grad_overflow", or_null(as_bool), None, "true: a step with infinite gradients is"
+           " skipped; else it is an error that names the module"),
     _always("bf16.bf16_master_weights_and_grads", False, "masters are fp32"),
     _always("bf16.bf16_optimizer_states", False, "bf16 moments", "ds-offload"),
     _works("torch_autocast.enabled", as_bool, False, "engine: forward under torch.autocast"),

@@ -14,6 +14,7 @@ from ds_core.setup.config import ConfigError, nearest
 _OWN: Mapping[tuple[str, str], str] = {
     ("codec", "cast"): "ds_core.ground.codec:CastCodec",
     ("communicator", "torch"): "ds_core.ground.collectives:TorchCommunicator",
+    ("metrics", "log"): "ds_core.observe.metrics:MetricsLog",
     ("owner", "replicated"): "ds_core.state.owner:ReplicatedOwner",
     ("sink", "csv"): "ds_core.observe.metrics:CsvSink",
     ("sink", "jsonl"): "ds_core.observe.metrics:JsonlSink",
