@@ -98,7 +98,8 @@ def run_cell(case_name: str, stage: int, accumulate: int, dtype_name: str) -> No
             # Adam turns a rounding error in a gradient near zero into a step of the other sign, so weights
             # are held to plain AdamW in fp32 on the very gradients that were checked above.
             step_on(shadow, shadow_optimizer, grads)
-            assert_close_norm(full_masters(owner), dict(shadow.named_parameters()), 1e-6)
+            kept = {n: p if p.requires_grad else p.to(dtype) for n, p in shadow.named_parameters()}
+            assert_close_norm(full_masters(owner), kept, 1e-6)
 
 
 def step_on(model: nn.Module, optimizer: torch.optim.Optimizer, grads: dict[str, Tensor]) -> None:
