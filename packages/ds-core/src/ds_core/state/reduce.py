@@ -256,6 +256,11 @@ class GradReducer:
         self._drained = True
         self._finished.clear()
 
+    def live(self) -> list[Tensor]:
+        """What holds gradients between micro batches: buckets that are not reduced yet, and shards."""
+        found = [pending.bucket for pending in self._pending] + [unit.gradient for unit in self.units]
+        return [tensor for tensor in found if tensor is not None]
+
     def forget_taken(self) -> None:
         """The step has used the gradients: the next backward starts a new count of what was seen."""
         for seen in self._seen:
