@@ -9,52 +9,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_core.ground.ticket import Ticket
+from ds_core.ground.accelerator import Accelerator
+from ds_core.ground.collectives import TorchCommunicator
 from ds_core.testing.distributed import RankFailure, distributed, run_ranks
 from ds_core.testing.faults import DroppingCommunicator, SlowCommunicator, kill_this_rank, slow_module
 
 
-class Plain:
+def plain() -> TorchCommunicator:
     """The default group's collectives, started at once."""
+    return TorchCommunicator(dist.group.WORLD, Accelerator.current().device)
 
-    def __init__(self) -> None:
-        self.group = dist.group.WORLD
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
-    def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(numel, dtype=dtype)
-
-    def all_gather(self, out: Tensor, shard: Tensor) -> Ticket:
-        parts = list(out.chunk(self.world))
-        return Ticket([dist.all_gather(parts, shard, async_op=True)])
-
-    def reduce_scatter(
-        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False
-    ) -> Ticket:
-        total = full.clone()
-
-        def finish() -> None:
-            part = total.chunk(self.world)[self.rank] * scale
-            out.copy_(out + part if accumulate else part)
-
-        return Ticket([dist.all_reduce(total, async_op=True)], finish=finish)
-
-    def all_reduce(self, tensor: Tensor, *, op: str = "sum") -> Ticket:
-        return Ticket([dist.all_reduce(tensor, async_op=True)])
-
-    def all_to_all(self, out: Tensor, src: Tensor) -> Ticket:
-        return Ticket([dist.all_to_all_single(out, src, async_op=True)])
-
-    def broadcast(self, tensor: Tensor, *, root: int = 0) -> Ticket:
-        return Ticket([dist.broadcast(tensor, root, async_op=True)])
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, device=Accelerator.current().device)
 
 
 @distributed(world_size=2)
 def test_a_slow_collective_shows_a_missing_wait(rank: int) -> None:
-    comm = SlowCommunicator(Plain(), ms=5)
+    comm = SlowCommunicator(plain(), ms=5)
     assert (comm.rank, comm.world) == (rank, 2)
-    first, second = torch.zeros(2), torch.ones(1)
-    gathered = comm.all_gather(first, torch.tensor([rank + 1.0]))
+    first, second = tensor(0.0, 0.0), tensor(1.0)
+    gathered = comm.all_gather(first, tensor(rank + 1.0))
     summed = comm.all_reduce(second)
     assert first.tolist() == [0.0, 0.0]
     assert second.item() == 1.0
@@ -67,8 +42,8 @@ def test_a_slow_collective_shows_a_missing_wait(rank: int) -> None:
 
 @distributed(world_size=2)
 def test_a_slow_collective_shows_an_input_reused_too_early() -> None:
-    comm = SlowCommunicator(Plain())
-    src, out = torch.ones(2), torch.zeros(2)
+    comm = SlowCommunicator(plain())
+    src, out = tensor(1.0, 1.0), tensor(0.0, 0.0)
     ticket = comm.all_to_all(out, src)
     src.fill_(7.0)
     ticket.wait()
@@ -77,17 +52,17 @@ def test_a_slow_collective_shows_an_input_reused_too_early() -> None:
 
 @distributed(world_size=2)
 def test_a_dropped_bucket_is_lost_on_every_rank(rank: int) -> None:
-    comm = DroppingCommunicator(Plain(), index=1)
+    comm = DroppingCommunicator(plain(), index=1)
     seen = []
-    for accumulate in (False, False, False):
-        out = torch.full((1,), 5.0)
-        comm.reduce_scatter(out, torch.ones(2), accumulate=accumulate, scale=0.5).wait()
+    for _ in range(3):
+        out = tensor(5.0)
+        comm.reduce_scatter(out, tensor(1.0, 1.0), scale=0.5).wait()
         seen.append(out.item())
     assert seen == [1.0, 0.0, 1.0]
-    kept = torch.full((1,), 5.0)
-    DroppingCommunicator(Plain(), index=0).reduce_scatter(kept, torch.ones(2), accumulate=True).wait()
+    kept = tensor(5.0)
+    DroppingCommunicator(plain(), index=0).reduce_scatter(kept, tensor(1.0, 1.0), accumulate=True).wait()
     assert kept.item() == 5.0
-    whole = torch.full((1,), float(rank))
+    whole = tensor(float(rank))
     comm.broadcast(whole, root=1).wait()
     assert whole.item() == 1.0
 

@@ -34,6 +34,11 @@ _HOME: dict[str, str] = {
     "build_schedule": "ds_core.train.schedule",
     "Config": "ds_core.setup.config",
     "ConfigError": "ds_core.setup.config",
+    "CsvSink": "ds_core.observe.metrics",
+    "JsonlSink": "ds_core.observe.metrics",
+    "MetricsLog": "ds_core.observe.metrics",
+    "TensorBoardSink": "ds_core.observe.metrics",
+    "WandbSink": "ds_core.observe.metrics",
 }
 
 __all__ = ["__version__", *_HOME]
