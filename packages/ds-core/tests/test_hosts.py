@@ -53,6 +53,7 @@ def test_a_filter_that_does_not_fit_is_refused(include: str | None, exclude: str
         ("a slots=0", ":1: host 'a' has no slots"),
         ("# nothing\n", "no hosts in it"),
         ("-oProxyCommand=x slots=1", "host '-oProxyCommand=x': allowed are"),
+        ("-v slots=1", "host '-v': allowed are"),
         ("a;touch slots=1", "host 'a;touch': allowed are"),
         ("$(x) slots=1", "allowed are"),
         ("u@-x slots=1", "allowed are"),

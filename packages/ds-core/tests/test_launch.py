@@ -53,7 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "a b"
     work.mkdir()
     monkeypatch.chdir(work)
-    path = [str(Path(p).resolve()) for p in sys.path if p]
+    path = [*(str(Path(p).resolve()) for p in sys.path if p), str(work / "$(touch pwned); 'x")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
     for name in [n for n in os.environ if n.startswith(("SLURM_", "OMPI_", "PMI_", "PET_", "OMP_", "CUDA_"))]:
         monkeypatch.delenv(name)
@@ -429,7 +429,10 @@ def test_a_failure_here_stops_the_other_hosts(rsh: str) -> None:
             time.sleep(0.01)
         raise ValueError("here")
     """
-    done = ds("launch", "--hostfile", "hosts", "--rsh", rsh, "--logs", "logs", write("fail.py", code))
+    start = time.monotonic()
+    args = ["--hostfile", "hosts", "--rsh", rsh, "--timeout", "30", "--logs", "logs"]
+    done = ds("launch", *args, write("fail.py", code))
+    assert time.monotonic() - start < 25, "the other host was not told, but killed"
     assert done.returncode == 1
     assert "ValueError: here" in done.stderr
     assert not alive([int(Path("pid").read_text())])
@@ -526,7 +529,7 @@ def test_a_gloo_job_runs_and_the_rank_that_broke_it_is_found() -> None:
     """
     env = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     done = ds("launch", "--nproc", "2", "--logs", "logs", write("gloo.py", code), "fail", env=env)
-    assert done.returncode == 1
+    assert done.returncode in (1, 128 + signal.SIGABRT)  # gloo's threads may abort the dying interpreter
     assert "total 2.0" in done.stdout
     assert "--- rank 1, the first to fail:" in done.stderr
     assert "ValueError: planted" in done.stderr

@@ -16,6 +16,7 @@ _SHOWN_LINES = 100
 _PLAIN_LINES = 20  # of a log without a traceback
 _TRACEBACK = "Traceback (most recent call last):"
 _CHAIN = ("The above exception was the direct cause", "During handling of the above exception")
+_PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch puts it before each line of a traceback
 # How a rank fails because another one did.
 _ECHO_OF_ANOTHER = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|remote process exited|"
@@ -39,19 +40,20 @@ def report(result: Result, out: TextIO) -> int:
         out.write(f"{ended.member.name}: {how}; log: {ended.member.log}\n")
     if text:
         out.write(f"--- {first.member.name}, the first to fail:\n{text}\n---\n")
-    out.write(f"ds launch: {_verdict(first, result.memory)}; log: {first.member.log}\n")
+    out.write(f"ds launch: {_verdict(first, text, result.memory)}; log: {first.member.log}\n")
     out.flush()
     code = failed[0].code if first.stopped else first.code
     return 128 - code if code < 0 else code
 
 
-def _verdict(first: Ended, memory: str | None) -> str:
+def _verdict(first: Ended, text: str, memory: str | None) -> str:
     place = f"{first.member.name} (pid {first.pid}) on {os.uname().nodename}"
     if first.stopped:  # it had failed already, and was still on its way out
         return f"{place} failed after {first.seconds:.1f} s"
     if first.member.message is not None and first.code == 255:
         return f"{first.member.name} could not be reached, or its connection broke ({first.member.argv[0]})"
-    why = describe_exit(first.code)
+    # A Python error may still end in an abort, when torch's threads are torn down: then it is not the cause.
+    why = describe_exit(first.code, hint=_TRACEBACK not in text)
     if memory and first.code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         why = f"{why}: {memory}"
     return f"{place} failed after {first.seconds:.1f} s: {why}"
@@ -76,9 +78,10 @@ def _last_words(log: Path) -> str:
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").replace("\r\n", "\n").splitlines()
+            text = file.read().decode(errors="replace").replace("\r\n", "\n")
     except OSError as error:
         return f"(no log: {error})"
+    lines = [_PREFIX.sub("", line) for line in text.splitlines()]
     starts = [i for i, line in enumerate(lines) if _TRACEBACK in line]
     if not starts:
         return "\n".join(lines[-_PLAIN_LINES:])

@@ -12,7 +12,7 @@ _HINTS = {
 }
 
 
-def describe_exit(code: int) -> str:
+def describe_exit(code: int, *, hint: bool = True) -> str:
     """Say an exit code of `subprocess` or `multiprocessing` (negative: a signal) in words."""
     # A shell or a container reports a signal as 128 + n.
     number = -code if code < 0 else code - 128 if 128 < code < 128 + signal.NSIG else 0
@@ -22,5 +22,5 @@ def describe_exit(code: int) -> str:
         name = signal.Signals(number)
     except ValueError:
         return f"killed by signal {number}"
-    hint = f": {_HINTS[name]}" if name in _HINTS else ""
-    return f"killed by {name.name} ({number}){hint}"
+    why = f": {_HINTS[name]}" if hint and name in _HINTS else ""
+    return f"killed by {name.name} ({number}){why}"
