@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def test_version_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None
     assert "invalid choice: 'lauch'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", [name for name, (module, _) in cli._COMMANDS.items() if find_spec(module)])
+@pytest.mark.parametrize("name", list(cli._COMMANDS))
 def test_every_command_has_help_and_a_function(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main([name, "--help"])
