@@ -93,7 +93,7 @@ class FusedAdam(Optimizer):
                 loss = closure()
         if self.found_inf is not None and float(self.found_inf):
             return loss
-        coef = self._grad_coef()
+        coef, one = self._grad_coef(), torch.tensor(1.0)  # a tensor: adding the number wraps it once per step
         for group in self.param_groups:
             hyper = {
                 "lr": float(group["lr"]),
@@ -115,7 +115,7 @@ class FusedAdam(Optimizer):
                     **hyper,
                     grad_coef=coef,
                 )
-                torch._foreach_add_(steps, 1.0)
+                torch._foreach_add_(steps, one, alpha=1.0)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
