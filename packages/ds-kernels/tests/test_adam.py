@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ds_kernels import AdamHyper, adam_step_, load
 from ds_kernels.library import open_library
-from ds_kernels.ops.adam import DTYPES, ISAS, OP, make_native, reference
+from ds_kernels.ops.adam import DTYPES, ISAS, OP, make_native, reference, torch_fused
 
+F, B = torch.float32, torch.bfloat16
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "copies")
 # Around every vector width (1, 4, 8, 16), more than one chunk (32768), and nothing at all.
 SIZES = (0, 1, 3, 7, 8, 15, 16, 17, 31, 33, 1000, 32769)
@@ -286,6 +287,24 @@ def test_low_precision_parameters_stay_within_their_rounding(dtype: torch.dtype)
     assert not torch.equal(low.float(), full)
 
 
+@pytest.mark.parametrize("hyper", [ADAMW, L2])
+def test_torch_fused_agrees(hyper: AdamHyper) -> None:
+    """What GPUs get, run on CPU tensors: torch fuses products and sums, so a few roundings of 6e-8 apart."""
+    for param, grad, copy in ((F, F, None), (F, B, B), (F, torch.float16, F), (B, B, F)):
+        coef = torch.tensor(0.37)
+        wanted, mine = data((33, 1000, 0), param, grad, copy), data((33, 1000, 0), param, grad, copy)
+        apply(reference, wanted, hyper, grad_coef=coef)
+        apply(torch_fused, mine, hyper, grad_coef=coef)
+        assert all(
+            torch.equal(a, b) for a, b in zip(mine[1], data((33, 1000, 0), param, grad, copy)[1], strict=True)
+        )
+        for part, theirs in zip((*mine[:1], *mine[2:4]), (*wanted[:1], *wanted[2:4]), strict=True):
+            for a, b in zip(part, theirs, strict=True):
+                assert ((a - b).abs() <= 1e-6 * (b.abs() + 1e-2)).all()
+        for a, b in zip(mine[4], wanted[4] if param != F else mine[0], strict=copy is not None):
+            assert torch.equal(a, b.to(a.dtype))
+
+
 def test_opcheck() -> None:
     load("adam", torch.device("cpu"))
     for dtype in DTYPES:
@@ -312,7 +331,6 @@ def bad(**change: Any) -> dict[str, Any]:
     return {**dict(zip(LISTS, lists, strict=True)), "steps": [1, 1], **change}
 
 
-F, B = torch.float32, torch.bfloat16
 WRONG = {
     "exp_avgs has 1 entries, params has 2": bad(exp_avgs=[torch.zeros(4)]),
     r"grads\[1\] is shape \(5,\)": bad(grads=[torch.zeros(4), torch.zeros(5)]),

@@ -25,7 +25,7 @@ def open_library(family: str) -> Library:
     try:
         return Library(ctypes.CDLL(str(path)), path, origin)
     except OSError as error:
-        raise BuildError(family, f"{path} does not load: {error}") from error
+        raise BuildError(family, f"{path} does not load ({error}); delete it to build it anew") from error
 
 
 def _find(family: str) -> tuple[Path, str]:
