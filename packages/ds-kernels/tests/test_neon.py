@@ -1,0 +1,37 @@
+"""The NEON body on this machine: cross-compiled and run under an emulator, against the scalar one."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ds_kernels import build
+
+FLAGS = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
+
+
+def test_neon_writes_the_bits_of_scalar(tmp_path: Path) -> None:
+    native = platform.machine() == "aarch64"
+    compiler = shutil.which("g++" if native else "aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64")
+    if compiler is None or not (native or emulator):
+        pytest.skip(
+            "needs an Arm machine, or aarch64-linux-gnu-g++ and qemu-aarch64 "
+            "(Debian: apt install g++-aarch64-linux-gnu qemu-user)"
+        )
+    program = tmp_path / "neon_check"
+    source = Path(__file__).with_name("neon_check.cpp")
+    include = f"-I{build.SOURCES / 'adam'}"
+    subprocess.run(
+        [compiler, *FLAGS, "-static", include, str(source), "-o", str(program)],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    command = [str(program)] if native else [str(emulator), str(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "72 combinations, 0 differ\n")
