@@ -17,7 +17,12 @@ from ds_core.state.unit import FlatUnit, Precision, Whole
 from ds_core.state.units import UnitPlan
 from ds_zero.gather import Gatherer
 from ds_zero.hooks import UseHooks
-from ds_zero.materialize import Initializer, materialize_unit
+from ds_zero.materialize import (
+    Initializer,
+    materialize_buffers,
+    materialize_unit,
+    refuse_unfillable,
+)
 from ds_zero.stages import Lifetime
 
 
@@ -58,6 +63,7 @@ class ZeroOwner(FlatOwner):
         reduce: Codec | None = None,
     ) -> None:
         self.config = config
+        refuse_unfillable(model, config.initializer)
         self.lifetime: Lifetime = config.lifetime
 
         def keep_whole(plan: UnitPlan) -> bool:
@@ -78,6 +84,10 @@ class ZeroOwner(FlatOwner):
         )
         self.gatherer = Gatherer(self.gather_comm, gather)
         self.uses = UseHooks(self, prefetch_numel=config.prefetch_numel if config.overlap else 0)
+
+    def _fill_buffers(self) -> None:
+        materialize_buffers(self.model, self.device, self.config.initializer)
+        super()._fill_buffers()
 
     def _fill(self, unit: FlatUnit) -> None:
         materialize_unit(self.model, unit, self.device, self.config.initializer)

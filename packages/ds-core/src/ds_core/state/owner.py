@@ -69,8 +69,7 @@ class FlatOwner:
         self.units = [self._make_unit(plan) for plan in plan_units(model, bucket_numel=settings.bucket_numel)]
         for unit in self.units:
             self._fill(unit)
-        for buffer in model.buffers():
-            self.comm.broadcast(buffer).wait()
+        self._fill_buffers()
         self.trainable = [unit for unit in self.units if unit.trainable]
         self.reducer = GradReducer(
             self.trainable,
@@ -117,6 +116,10 @@ class FlatOwner:
             cut=self.cut,
             keep_whole=self._keep_whole(plan),
         )
+
+    def _fill_buffers(self) -> None:
+        for buffer in self.model.buffers():
+            self.comm.broadcast(buffer).wait()
 
     def _fill(self, unit: FlatUnit) -> None:
         flat = unit.flatten()

@@ -70,6 +70,14 @@ class _Piece:
         return self.overlap.slot.fqn
 
 
+def _cut(piece: _Piece, value: Any) -> Any:
+    """State that the optimizer had for the whole parameter (the same on every rank), cut like its shard."""
+    if not isinstance(value, Tensor) or value.shape != piece.overlap.slot.shape or value.dim() == 0:
+        return value
+    begin = piece.overlap.begin
+    return value.reshape(-1)[begin : begin + piece.param.numel()].clone().view(piece.param.shape)
+
+
 class ShardedOptimizer:
     """Swaps shards into `optimizer.param_groups`, in place: schedulers and user code keep their object.
 
@@ -80,11 +88,6 @@ class ShardedOptimizer:
     """
 
     def __init__(self, optimizer: Optimizer, owner: FlatOwner, *, wait: bool = True) -> None:
-        if optimizer.state:
-            raise ValueError(
-                f"this {type(optimizer).__name__} has stepped before; shard a fresh optimizer and load its "
-                "state from a checkpoint"
-            )
         if owner.sharded and owner.comm.world > 1 and cut_for(optimizer) == "whole" and owner.cut != "whole":
             raise ValueError(
                 f"{type(optimizer).__name__} is not known to be element-wise, so its parameters must stay "
@@ -123,6 +126,7 @@ class ShardedOptimizer:
                     continue
                 unit, index = self._place(param)
                 used.add(id(param))
+                state = self.optimizer.state.pop(param, {})
                 overlap = overlaps.get((id(unit), index))
                 if overlap is None:
                     continue
@@ -132,6 +136,8 @@ class ShardedOptimizer:
                 piece = _Piece(unit, overlap, nn.Parameter(view))
                 self.pieces.append(piece)
                 shards.append(piece.param)
+                if state:
+                    self.optimizer.state[piece.param] = {k: _cut(piece, v) for k, v in state.items()}
             group["params"] = shards
         missed = [
             slot.fqn

@@ -1,0 +1,270 @@
+"""Times one training step of ds-zero and its peers on two gloo ranks, interleaved, one thread per rank.
+
+Each sample is a fresh pair of processes: a few warm-up steps, then some timed ones. Rounds go A B C A B C.
+Prints a table and writes JSON: wall and CPU time per rank (minimum and median over rounds), tokens per
+second, live tensor bytes per parameter after a step, peak resident memory, and the machine's load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SEQUENCE = 256
+
+
+def cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system
+
+
+def status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def live_tensor_bytes() -> int:
+    import torch
+
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (
+            torch.Tensor,
+            torch.nn.Parameter,
+        ):  # wrappers hold plain tensors, counted by themselves
+            storage = thing.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())
+
+
+def rank_main(args: argparse.Namespace) -> None:
+    """One rank of one sample; rank 0 prints its figures as the last line."""
+    import torch
+    import torch.distributed as dist
+    from contenders import CONTENDERS, Absent, Setting
+    from gpt import SIZES, build
+
+    torch.set_num_threads(1)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if args.rank_of.startswith("deepspeed") and _has_deepspeed():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    else:
+        dist.init_process_group("gloo")
+    model = build(args.size)
+    numel = sum(p.numel() for p in model.parameters())
+    try:
+        step = CONTENDERS[args.rank_of](model, Setting(world, args.accumulate, args.dtype == "bf16"))
+    except Absent as reason:
+        print("@" + json.dumps({"absent": str(reason)}), flush=True)
+        os._exit(0)
+    generator = torch.Generator().manual_seed(rank)
+
+    def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        ids = [
+            torch.randint(SIZES[args.size][2], (1, SEQUENCE + 1), generator=generator)
+            for _ in range(args.accumulate)
+        ]
+        return [(x[:, :-1], x[:, 1:].contiguous()) for x in ids]
+
+    walls, cpus = [], []
+    for number in range(args.warmup + args.steps):
+        data = batches()
+        dist.barrier()
+        began, cpu = time.perf_counter(), cpu_seconds()
+        step(data)
+        dist.barrier()
+        if number >= args.warmup:
+            walls.append(time.perf_counter() - began)
+            cpus.append(cpu_seconds() - cpu)
+    figures = {
+        "walls": walls,
+        "cpus": cpus,
+        "numel": numel,
+        "peak_rss": status_bytes("VmHWM"),
+        "live_bytes": live_tensor_bytes(),
+    }
+    if rank == 0:
+        print("@" + json.dumps(figures), flush=True)
+    dist.barrier()
+    os._exit(0)  # some peers hang in their own shutdown
+
+
+def _has_deepspeed() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+def sample(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One pair of processes; what rank 0 printed, or why there is nothing."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--size", args.size, "--dtype", args.dtype, "--accumulate", str(args.accumulate)]
+    flags += ["--steps", str(args.steps), "--warmup", str(args.warmup), "--rank-of", name]
+    ranks = []
+    for rank in range(args.world):
+        environ = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(args.world),
+            "LOCAL_SIZE": str(args.world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "DS_ACCELERATOR": "cpu",
+            "PYTHONWARNINGS": "ignore",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        command = [sys.executable, str(HERE / "step.py"), *flags]
+        ranks.append(
+            subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    outputs = []
+    for process in ranks:
+        try:
+            outputs.append(process.communicate(timeout=args.timeout))
+        except subprocess.TimeoutExpired:
+            for other in ranks:
+                other.kill()
+            return {"failed": f"no answer in {args.timeout} s"}
+    lines = [line for line in outputs[0][0].splitlines() if line.startswith("@")]
+    if not lines:
+        errors = [line for line in outputs[0][1].splitlines() if line.strip()]
+        return {"failed": errors[-1][:300] if errors else f"exit code {ranks[0].returncode}"}
+    result: dict[str, Any] = json.loads(lines[-1][1:])
+    return result
+
+
+def summarise(name: str, samples: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    walls = [wall for one in samples for wall in one["walls"]]
+    cpus = [cpu for one in samples for cpu in one["cpus"]]
+    tokens = args.world * args.accumulate * SEQUENCE
+    return {
+        "contender": name,
+        "wall_ms_min": round(min(walls) * 1e3, 1),
+        "wall_ms_median": round(statistics.median(walls) * 1e3, 1),
+        "wall_ms_max": round(max(walls) * 1e3, 1),
+        "cpu_ms_min": round(min(cpus) * 1e3, 1),
+        "cpu_ms_median": round(statistics.median(cpus) * 1e3, 1),
+        "tokens_per_s_best": round(tokens / min(walls)),
+        "tokens_per_s_median": round(tokens / statistics.median(walls)),
+        "live_bytes_per_param": round(
+            statistics.median(one["live_bytes"] / one["numel"] for one in samples), 2
+        ),
+        "peak_rss_mb": round(statistics.median(one["peak_rss"] for one in samples) / 2**20),
+        "samples": len(samples),
+    }
+
+
+def main() -> None:
+    from contenders import CONTENDERS
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="comma-separated names")
+    parser.add_argument("--size", default="30m", help="tiny, 30m or 125m")
+    parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"])
+    parser.add_argument("--accumulate", type=int, default=4)
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=240.0)
+    parser.add_argument("--out", type=Path, help="append the JSON of this run to a file")
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_of:
+        rank_main(args)
+        return
+    names = args.contenders.split(",")
+    unknown = [name for name in names if name not in CONTENDERS]
+    if unknown:
+        parser.error(f"unknown contender {unknown[0]!r}; there are {', '.join(CONTENDERS)}")
+    collected: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    skipped: dict[str, str] = {}
+    loads = []
+    for _ in range(args.rounds):
+        for name in names:
+            if name in skipped:
+                continue
+            loads.append(os.getloadavg()[0])
+            result = sample(name, args)
+            reason = result.get("absent") or result.get("failed")
+            if reason:
+                skipped[name] = reason
+                print(f"skipped {name}: {reason}", file=sys.stderr)
+            else:
+                collected[name].append(result)
+    rows = [summarise(name, samples, args) for name, samples in collected.items() if samples]
+    report(rows, skipped, loads, args)
+
+
+def report(
+    rows: list[dict[str, Any]], skipped: dict[str, str], loads: list[float], args: argparse.Namespace
+) -> None:
+    import torch
+
+    bound = next((row for row in rows if row["contender"] == "no_communication"), None)
+    print(f"{args.size} {args.dtype} accumulate {args.accumulate}, {args.world} ranks x 1 thread")
+    print(
+        f"{'':18}{'wall ms':>9}{'median':>9}{'cpu ms':>8}{'tok/s':>7}"
+        f"{'% bound':>9}{'B/param':>9}{'RSS MB':>8}"
+    )
+    for row in rows:
+        share = 100 * bound["wall_ms_min"] / row["wall_ms_min"] if bound else float("nan")
+        row["percent_of_bound"] = round(share, 1)
+        print(
+            f"{row['contender']:18}{row['wall_ms_min']:9.0f}{row['wall_ms_median']:9.0f}{row['cpu_ms_min']:8.0f}"
+            f"{row['tokens_per_s_best']:7}{share:9.0f}{row['live_bytes_per_param']:9.2f}{row['peak_rss_mb']:8}"
+        )
+    record = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {processor()}",
+        "torch": torch.__version__,
+        "size": args.size,
+        "dtype": args.dtype,
+        "accumulate": args.accumulate,
+        "world": args.world,
+        "rounds": args.rounds,
+        "steps_per_round": args.steps,
+        "load_median": round(statistics.median(loads), 2),
+        "skipped": skipped,
+        "rows": rows,
+    }
+    print(json.dumps(record))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as lines:
+            lines.write(json.dumps(record) + "\n")
+
+
+def processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        return "unknown processor"
+    return "unknown processor"
+
+
+if __name__ == "__main__":
+    main()
