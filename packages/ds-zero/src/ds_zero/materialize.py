@@ -28,7 +28,7 @@ def refuse_unfillable(model: nn.Module, initializer: Initializer | None) -> None
             if buffer is not None and buffer.is_meta and not (own and _can_reset(module)):
                 raise ValueError(
                     f"buffer {key!r} of module {shown} is on the meta device and nothing says how to "
-                    "fill it: build it outside of `torch.device('meta')`, or pass initializer=fn(module) that fills it"
+                    "fill it: build it outside of `torch.device('meta')`, or pass initializer=fn(module)"
                 )
 
 
