@@ -86,7 +86,7 @@ WORKS: dict[str, tuple[Any, dict[str, Any], str, Any]] = {
     "bf16.check_grad_overflow": (True, {"bf16.enabled": True}, "skip_overflow", True),
     "torch_autocast.enabled": (True, {}, "autocast", "bfloat16"),
     "torch_autocast.dtype": ("float16", {"torch_autocast.enabled": True}, "loss_scale.window", 1000),
-    "data_types.grad_accum_dtype": ("bf16", {}, "zero.grad_dtype", "bfloat16"),
+    "data_types.grad_accum_dtype": ("bf16", STAGE3, "zero.grad_dtype", "bfloat16"),
     "data_types.param_dtype": ("fp32", {}, "dtype", "float32"),
     "zero_optimization.stage": (2, {}, "stage", 2),
     "zero_optimization.reduce_bucket_size": (5e5, {}, "zero.bucket_numel", 500_000),

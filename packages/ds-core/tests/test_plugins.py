@@ -88,3 +88,4 @@ def test_objects_pass_through_and_nice_to_haves_may_be_absent() -> None:
 def test_every_own_name_points_into_the_package() -> None:
     for (kind, name), home in plugins._OWN.items():
         assert home.startswith("ds_core."), (kind, name)
+        assert plugins.find(kind, name) is not None

@@ -32,6 +32,7 @@ _HOME: dict[str, str] = {
     "ResumableLoader": "ds_core.train.sampler",
     "ResumableSampler": "ds_core.train.sampler",
     "build_schedule": "ds_core.train.schedule",
+    "initialize": "ds_core.setup.compat",
     "Config": "ds_core.setup.config",
     "ConfigError": "ds_core.setup.config",
     "CsvSink": "ds_core.observe.metrics",

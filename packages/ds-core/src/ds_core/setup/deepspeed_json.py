@@ -52,6 +52,12 @@ def _derive(found: Findings, world: int, world_origin: Origin) -> Plan | None:
     optimizer = _optimizer(found)
     scheduler = _scheduler(found, optimizer.params.get("lr") if optimizer else None)
     stage = found.get("zero_optimization.stage")
+    kept = found.get("data_types.grad_accum_dtype")
+    if stage == 0 and kept not in (None, "float32"):
+        found.add(
+            "data_types.grad_accum_dtype",
+            f"given {kept}, but stage 0 keeps gradients in fp32; leave it out, or use stage 1",
+        )
     if found.problems or batch is None:
         return None
     plan = Plan(

@@ -99,7 +99,7 @@ class Engine:
         """Does the next `step` call update the weights?"""
         return self._micro + 1 >= self.accumulate
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
         """Backward of loss / accumulate, times the loss scale. Raises ValueError unless it is one number."""
         if loss.numel() != 1:
             raise ValueError(
@@ -110,7 +110,7 @@ class Engine:
         if self.scaler is not None:
             scaled = self.scaler.scale(scaled)
         with self.owner.micro_step(last=self.at_boundary):
-            scaled.backward()  # type: ignore[no-untyped-call]
+            scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
 
     def step(self) -> StepReport | None:
         """Count a micro batch; on the last one update the weights and report, else None.

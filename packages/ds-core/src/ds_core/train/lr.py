@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ds_core.state.shard import Json, SavedTensor
+from ds_core.state.shard import FlatShard, Json, SavedTensor
 
 Warmup = Literal["log", "linear"]
 PerGroup = float | Sequence[float]
@@ -120,7 +120,7 @@ class Schedule(LRScheduler):
             "base_lrs": [float(lr) for lr in self.base_lrs],
         }
 
-    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor]:
+    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         """A schedule has no tensors: anything saved is an error."""
         return no_tensors(type(self).__name__, saved)
 
@@ -369,7 +369,7 @@ def _total_steps(total: int, warmup_steps: int) -> int:
     return total
 
 
-def no_tensors(what: str, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor]:
+def no_tensors(what: str, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
     """The answer of a part that has only JSON to load. Raises ValueError when the checkpoint has more."""
     if saved:
         raise ValueError(

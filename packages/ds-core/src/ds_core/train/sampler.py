@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ds_core.state.shard import Json, SavedTensor
+from ds_core.state.shard import FlatShard, Json, SavedTensor
 from ds_core.train.lr import no_tensors
 
 Tail = Literal["drop", "pad"]
@@ -116,7 +116,7 @@ class ResumableSampler(Sampler[list[int]]):
         names = ("epoch", "consumed", "seed", "shuffle", "length")
         return {name: getattr(self, name) for name in names}
 
-    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor]:
+    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         """A sampler has no tensors: anything saved is an error."""
         return no_tensors("ResumableSampler", saved)
 
@@ -174,7 +174,7 @@ class ResumableLoader:
     def state_dict(self) -> dict[str, Json]:
         return self.sampler.state_dict()
 
-    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor]:
+    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         return self.sampler.load_targets(saved)
 
     def load_state_dict(self, values: Mapping[str, Json]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from ds_core.state.shard import Json, SavedTensor
+from ds_core.state.shard import FlatShard, Json, SavedTensor
 from ds_core.train.lr import (
     LRRangeTest,
     OneCycle,
@@ -46,7 +46,7 @@ class SaveableSchedule:
             name: _to_json(value, f"{type(self.scheduler).__name__}.{name}") for name, value in state.items()
         }
 
-    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor]:
+    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         """A scheduler has no tensors: anything saved is an error."""
         return no_tensors(type(self.scheduler).__name__, saved)
 
