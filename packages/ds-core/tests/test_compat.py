@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import IterableDataset, TensorDataset
 
 import ds_core
+from ds_core.setup import plugins
 from ds_core.setup.config import ConfigError
 from ds_core.setup.deepspeed_engine import DeepSpeedEngine
 from ds_core.setup.estimate import DoesNotFit
@@ -220,6 +221,26 @@ def test_optimizer_and_scheduler_as_functions() -> None:
     assert isinstance(optimizer, SGD)
     assert scheduler.get_last_lr() == [0.0]
     assert engine.train_batch_size() == 4
+
+
+class Kernel(AdamW):
+    """Stands for ds-kernels' FusedAdamW."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0) -> None:  # fmt: skip
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize(
+    ("params", "want"), [({}, Kernel), ({"torch_adam": True}, AdamW), ({"amsgrad": True}, AdamW)]
+)
+def test_a_kernel_is_used_where_it_does_the_same(
+    params: dict[str, Any], want: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "find", lambda kind, name: {"fused_adamw": Kernel}.get(name))
+    made = start({"optimizer": {"type": "Adam", "params": params}}).optimizer.optimizer
+    assert type(made) is want
+    assert made.param_groups[0]["weight_decay"] == (0.01 if "torch_adam" in params else 0.0)
 
 
 def test_parameter_groups_keep_their_options() -> None:
@@ -483,8 +504,6 @@ def test_bad_arguments(options: dict[str, Any], message: str) -> None:
 
 
 def test_stages_need_ds_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ds_core.setup import plugins
-
     monkeypatch.setattr(plugins, "find", lambda kind, name: None)
     with pytest.raises(LookupError, match=r'no owner "zero"; .* comes with ds-zero \(pip install ds-zero\)'):
         start({"zero_optimization": {"stage": 2}})

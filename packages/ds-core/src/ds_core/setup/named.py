@@ -45,14 +45,16 @@ def plan_optimizer(kind: str, params: Mapping[str, Any]) -> tuple[Named | None, 
     Adam without `torch_adam` has DeepSpeed's default weight decay, 0, and is AdamW unless `adam_w_mode` is
     false.
     """
-    problems = []
-    options = dict(params)
+    problems: list[Problem] = []
+    options, kernel = dict(params), None
     if "max_grad_norm" in options:
         wrong = f"given {options.pop('max_grad_norm')!r}; no optimizer clips: set gradient_clipping instead"
         problems.append(Problem("optimizer.params.max_grad_norm", wrong))
     lower = kind.lower()
     if lower in _ADAM:
+        plain = options.get("torch_adam", False)
         name = _plan_adam(lower, options, problems)
+        kernel = None if plain else f"fused_{name.lower()}"
     elif lower == "adagrad":
         name = "Adagrad"
     elif lower in _MUP:
@@ -71,7 +73,7 @@ def plan_optimizer(kind: str, params: Mapping[str, Any]) -> tuple[Named | None, 
         problems.append(Problem("optimizer.type", f"given {kind!r}; {nearest(kind, known)}"))
         return None, problems
     problems += _unknown("optimizer.params", options, _parameters(torch_optimizers()[name]), kind)
-    return Named(type=name, params=options), problems
+    return Named(type=name, params=options, kernel=kernel), problems
 
 
 def _plan_adam(lower: str, options: dict[str, Any], problems: list[Problem]) -> str:
@@ -88,12 +90,16 @@ def _plan_adam(lower: str, options: dict[str, Any], problems: list[Problem]) -> 
 
 
 def build_optimizer(named: Named, params: Iterable[Any]) -> Optimizer:
-    """The optimizer over these parameters (or parameter groups)."""
-    cls = plugins.find("optimizer", named.type) or torch_optimizers()[named.type]
+    """The optimizer over these parameters (or groups), with ds-kernels' Adam where it is installed."""
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in named.params.items()
-    }
-    made: Optimizer = cls(params, **options)  # betas is a list in JSON, and a tuple in torch's state
+    }  # betas is a list in JSON, and a tuple in torch's state
+    kernel = plugins.find("optimizer", named.kernel) if named.kernel else None
+    if kernel is not None and set(options) <= set(_parameters(kernel)):
+        cls = kernel
+    else:
+        cls = plugins.find("optimizer", named.type) or torch_optimizers()[named.type]
+    made: Optimizer = cls(params, **options)
     return made
 
 

@@ -14,9 +14,10 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Named(Config):
-    """An object by name: what a registry or an entry point builds."""
+    """An object by name, as a registry builds it. `kernel`: a faster one of the same effect."""
 
     type: str
+    kernel: str | None = None
     params: Mapping[str, Any] = Field(default_factory=dict)
 
 
