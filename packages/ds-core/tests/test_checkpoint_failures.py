@@ -242,7 +242,7 @@ def test_without_an_atomic_exchange_a_step_is_still_replaced(tmp_path: Path, mon
 
 
 def test_every_cut_of_every_shape_reads_back(tmp_path: Path):
-    """Boxes that are not flat ranges (columns, inner blocks) are read too: the format is boxes, not shards."""
+    """Boxes that are not flat ranges (columns, inner blocks) are read too."""
     from ds_core.state.checkpoint_reader import box_runs
 
     full = torch.arange(3 * 4 * 5).view(3, 4, 5)
