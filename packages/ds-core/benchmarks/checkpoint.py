@@ -53,7 +53,7 @@ def shapes(millions: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-# == contenders: each has save(path) -> seconds of pause, finish(), load(path) =======================================
+# == contenders: each has save(path) -> seconds of pause, finish(), load(path) ==
 
 
 class State:
@@ -184,16 +184,14 @@ class Dcp:
 class DeepSpeed:
     """deepspeed's engine.save_checkpoint in fp32 (12 bytes per parameter)."""
 
-    def __init__(
-        self, rank: int, sizes: dict[str, tuple[int, ...]], *, stage: int, sync: bool = False
-    ) -> None:
+    def __init__(self, state: State, *, stage: int, sync: bool = False) -> None:
         import deepspeed
         import torch
 
         model = torch.nn.ParameterDict(
             {
                 name.replace(".", "_"): torch.nn.Parameter(torch.full(shape, 1.5))
-                for name, shape in sizes.items()
+                for name, shape in state.sizes.items()
             }
         )
         config = {"train_batch_size": WORLD, "zero_optimization": {"stage": stage}}
@@ -250,7 +248,7 @@ CONTENDERS: dict[str, Callable[..., Any]] = {
 }
 
 
-# == one rank ========================================================================================================
+# == one rank ==
 
 
 def measure(contender: Any, folder: Path) -> dict[str, float]:
@@ -327,7 +325,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-# == the parent ======================================================================================================
+# == the parent ==
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:

@@ -158,14 +158,15 @@ def retain(directory: Path, keep: int, committed: int, nonce: int) -> None:
     """Keep the `keep` highest steps and the one just committed; the others go."""
     steps = list_steps(directory)
     for step in steps[: max(0, len(steps) - keep)]:
-        if step != committed:
-            old = hidden_path(directory, step, nonce, "old")
-            discard(_move_away(directory / step_name(step), old))
-
-
-def _move_away(path: Path, to: Path) -> Path:
-    os.rename(path, to)
-    return to
+        if step == committed:
+            continue
+        old = hidden_path(directory, step, nonce, "old")
+        try:
+            os.rename(directory / step_name(step), old)  # in one go, so that no half step is ever listed
+        except OSError as error:
+            log.warning("could not remove step %d: %s; remove it by hand", step, error)
+            continue
+        discard(old)
 
 
 class Meeting:
