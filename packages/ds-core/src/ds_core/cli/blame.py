@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import TextIO
 
 from ds_core.cli.group import Ended, Result
-from ds_core.observe.exits import describe_exit
+from ds_core.observe.exits import TRACEBACK, describe_exit, lost_connection
 
 _TAIL_BYTES = 1 << 16
 _SHOWN_LINES = 100
 _PLAIN_LINES = 20  # of a log without a traceback
-_TRACEBACK = "Traceback (most recent call last):"
 _CHAIN = ("The above exception was the direct cause", "During handling of the above exception")
 _PREFIX = re.compile(r"^\[rank\d+\]: ?")  # torch puts it before each line of a traceback
-# How a rank fails because another one did.
-_ECHO_OF_ANOTHER = re.compile(
-    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|remote process exited|"
-    r"recvValue failed|failed to recv|Gloo connectFullMesh failed|ncclRemoteError|Socket Timeout"
-)
 
 
 def report(result: Result, out: TextIO) -> int:
@@ -53,7 +47,7 @@ def _verdict(first: Ended, text: str, memory: str | None) -> str:
     if first.member.message is not None and first.code == 255:
         return f"{first.member.name} could not be reached, or its connection broke ({first.member.argv[0]})"
     # A Python error may still end in an abort, when torch's threads are torn down: then it is not the cause.
-    why = describe_exit(first.code, hint=_TRACEBACK not in text)
+    why = describe_exit(first.code, hint=TRACEBACK not in text)
     if memory and first.code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         why = f"{why}: {memory}"
     return f"{place} failed after {first.seconds:.1f} s: {why}"
@@ -63,14 +57,10 @@ def _first_cause(result: Result) -> tuple[Ended, str]:
     """The first to fail, passing over those that only lost their connection to another that failed."""
     texts = {id(e): _last_words(e.member.log) for e in result.ended if e.code != 0 or e.stopped}
     first = result.failed[0]
-    candidates = [*result.failed, *(e for e in result.ended if e.stopped and _TRACEBACK in texts[id(e)])]
-    if _lost_connection(texts[id(first)]):
-        first = next((e for e in candidates if not _lost_connection(texts[id(e)])), first)
+    candidates = [*result.failed, *(e for e in result.ended if e.stopped and TRACEBACK in texts[id(e)])]
+    if lost_connection(texts[id(first)]):
+        first = next((e for e in candidates if not lost_connection(texts[id(e)])), first)
     return first, texts[id(first)]
-
-
-def _lost_connection(text: str) -> bool:
-    return _TRACEBACK in text and _ECHO_OF_ANOTHER.search(text.rpartition(_TRACEBACK)[2]) is not None
 
 
 def _last_words(log: Path) -> str:
@@ -82,7 +72,7 @@ def _last_words(log: Path) -> str:
     except OSError as error:
         return f"(no log: {error})"
     lines = [_PREFIX.sub("", line) for line in text.splitlines()]
-    starts = [i for i, line in enumerate(lines) if _TRACEBACK in line]
+    starts = [i for i, line in enumerate(lines) if TRACEBACK in line]
     if not starts:
         return "\n".join(lines[-_PLAIN_LINES:])
     begin = starts.pop()

@@ -1,7 +1,8 @@
-"""What a process's exit code means, in words a person can act on."""
+"""Why a process ended: its exit code in words, and whether its error is only the echo of another rank's."""
 
 from __future__ import annotations
 
+import re
 import signal
 
 _HINTS = {
@@ -10,6 +11,18 @@ _HINTS = {
     signal.SIGABRT: "native code gave up: look above for its message",
     signal.SIGILL: "the binary uses instructions this CPU does not have",
 }
+
+
+TRACEBACK = "Traceback (most recent call last):"
+_ECHO_OF_ANOTHER = re.compile(
+    r"Connection (closed|reset) by peer|Connection refused|Broken pipe|remote process exited|"
+    r"recvValue failed|failed to recv|Gloo connectFullMesh failed|ncclRemoteError|Socket Timeout"
+)
+
+
+def lost_connection(text: str) -> bool:
+    """Whether a traceback ends in an error that a rank gets because another one is gone."""
+    return TRACEBACK in text and _ECHO_OF_ANOTHER.search(text.rpartition(TRACEBACK)[2]) is not None
 
 
 def describe_exit(code: int, *, hint: bool = True) -> str:

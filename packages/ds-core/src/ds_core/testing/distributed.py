@@ -22,7 +22,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
-from ds_core.observe.exits import describe_exit
+from ds_core.observe.exits import describe_exit, lost_connection
 from ds_core.testing.rank import decode, encode, run_rank
 
 GRACE_S = 2.0  # how long the others may go on after the first failure: they may hang in a collective
@@ -101,7 +101,7 @@ def run_ranks(fn: Callable[..., object], world: int, *, timeout: float = 60.0, *
         finally:
             _end(ranks)
         _replay(Path(folder), world)
-        return _judge(outcomes, Path(folder))
+        return _judge(outcomes)
 
 
 @functools.cache
@@ -194,10 +194,11 @@ def _replay(folder: Path, world: int) -> None:
             sys.stdout.write(f"[rank {rank}] {line}\n")
 
 
-def _judge(outcomes: list[_Outcome], folder: Path) -> list[Any]:
-    failed = sorted((o.at, rank) for rank, o in enumerate(outcomes) if o.error)
+def _judge(outcomes: list[_Outcome]) -> list[Any]:
+    # A rank that lost its peer often says so before the peer's death is noticed.
+    failed = sorted((lost_connection(o.error), o.at, rank) for rank, o in enumerate(outcomes) if o.error)
     if failed:
-        raise RankFailure("\n".join(_report(rank, outcomes[rank], folder) for _, rank in failed))
+        raise RankFailure("\n".join(_report(rank, outcomes[rank]) for *_, rank in failed))
     skipped = [o.skip for o in outcomes if o.skip is not None]
     if skipped:
         import pytest
@@ -206,7 +207,7 @@ def _judge(outcomes: list[_Outcome], folder: Path) -> list[Any]:
     return [o.value for o in outcomes]
 
 
-def _report(rank: int, outcome: _Outcome, folder: Path) -> str:
+def _report(rank: int, outcome: _Outcome) -> str:
     """`[rank 1] ValueError: the last line` as pytest's summary shows it, then the whole traceback."""
     lines = outcome.error.rstrip().splitlines()
     verdict = lines[0]
