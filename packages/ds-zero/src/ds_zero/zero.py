@@ -41,7 +41,7 @@ class Zero(Config):
         1_000_000, ge=1, description="neighbours are put together up to this many elements"
     )
     prefetch_numel: int = Field(
-        50_000_000, ge=0, description="elements that may be gathered ahead of their use at stage 3; 0: none"
+        5_000_000, ge=0, description="elements gathered ahead of their use at stage 3; 0: none"
     )
     persist_numel: int = Field(0, ge=0, description="stage 3: units below this many elements stay whole")
     overlap: bool = Field(True, description="communicate while computing; False waits for every collective")

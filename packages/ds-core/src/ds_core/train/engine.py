@@ -17,6 +17,7 @@ from ds_core.train.clip import clip_coefficient, global_norm, scale_grads_
 from ds_core.train.nonfinite import NonFiniteError, first_nonfinite
 from ds_core.train.optim import ShardedOptimizer
 from ds_core.train.scale import LossScaler
+from ds_core.train.schedule import saveable
 
 
 class Scheduler(Protocol):
@@ -218,9 +219,10 @@ class Engine:
     def parts(self) -> dict[str, Saveable]:
         """Everything of this engine that belongs into a checkpoint, by part name."""
         found: dict[str, Saveable] = {"model": self.owner, "optimizer": self.optimizer, "engine": self}
-        for name, part in (("scaler", self.scaler), ("scheduler", self.scheduler)):
-            if isinstance(part, Saveable):
-                found[name] = part
+        if self.scaler is not None:
+            found["scaler"] = self.scaler
+        if self.scheduler is not None:
+            found["scheduler"] = saveable(self.scheduler)
         return found
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:

@@ -20,16 +20,22 @@ def first_nonfinite(model: nn.Module, run: Callable[[], object]) -> str | None:
     own batch. Leaves the random state as it was.
     """
     found: list[str] = []
+    bad_params: dict[nn.Module, str] = {}
     names = {module: name or type(model).__name__ for name, module in model.named_modules()}
     handles = []
+
+    def look_before(module: nn.Module, inputs: Any) -> None:
+        # Before, since a sharded parameter is let go with its module's forward.
+        for key, param in module.named_parameters(recurse=False):
+            if not _finite(param):
+                bad_params[module] = key
 
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
         if found or all(_finite(tensor) for tensor in _tensors(output)):
             return
         name = names[module]
-        bad = [key for key, param in module.named_parameters(recurse=False) if not _finite(param)]
-        if bad:
-            found.append(f"module {name} ({type(module).__name__}): its parameter {bad[0]} is not finite")
+        if module in bad_params:
+            found.append(f"module {name} ({type(module).__name__}): its {bad_params[module]} is not finite")
         elif not all(_finite(tensor) for tensor in _tensors(inputs)):
             found.append(f"module {name} ({type(module).__name__}): its input is not finite")
         else:
@@ -38,8 +44,8 @@ def first_nonfinite(model: nn.Module, run: Callable[[], object]) -> str | None:
             )
 
     for module in model.modules():
-        # Prepended: a unit's own hook lets go of the parameters that are looked at here.
-        handles.append(module.register_forward_hook(look, prepend=True))
+        handles.append(module.register_forward_pre_hook(look_before))
+        handles.append(module.register_forward_hook(look))
     try:
         with torch.no_grad(), torch.random.fork_rng():
             run()

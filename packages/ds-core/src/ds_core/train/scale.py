@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ds_core.state.shard import FlatShard, Json, SavedTensor
+from ds_core.state.shard import FlatShard, Json, Saveable, SavedTensor
 
 
-class LossScaler(Protocol):
+class LossScaler(Saveable, Protocol):
     """What the engine asks of a scaler."""
 
     @property
