@@ -70,12 +70,12 @@ def train(engine: DeepSpeedEngine, steps: int, first: int = 0, rank: int = 0) ->
     return losses
 
 
-def twin(steps: int, world: int = 1) -> tuple[list[float], list[Tensor], list[float]]:
-    """Plain torch: losses of rank 0, weights, the rate each step used."""
+def twin(steps: int, world: int = 1) -> tuple[list[float], list[Tensor], list[float], list[float]]:
+    """Plain torch: losses of rank 0, weights, the rate each step used, gradient norms."""
     model = tiny()
     optimizer = AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = WarmupLR(optimizer, warmup_num_steps=3, warmup_type="linear")
-    losses, rates = [], []
+    losses, rates, norms = [], [], []
     for step in range(steps):
         mine = []
         for micro in range(2):
@@ -85,23 +85,24 @@ def twin(steps: int, world: int = 1) -> tuple[list[float], list[Tensor], list[fl
                 (loss / 2 / world).backward()
                 if rank == 0:
                     mine.append(loss.item())
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         losses.append(sum(mine) / 2)
-    return losses, [p.detach().clone() for p in model.parameters()], rates
+    return losses, [p.detach().clone() for p in model.parameters()], rates, norms
 
 
 def test_trains_as_plain_torch_does() -> None:
-    losses, weights, rates = twin(6)
+    losses, weights, rates, norms = twin(6)
     engine = start()
     seen = []
     for step in range(6):
         seen += train(engine, 1, step)
         assert engine.report is not None
         assert engine.global_steps == step + 1
+        assert engine.get_global_grad_norm() == pytest.approx(norms[step], rel=1e-5)
     assert seen == pytest.approx(losses, rel=1e-5)
     for mine, theirs in zip(engine.parameters(), weights, strict=True):
         assert (mine - theirs).norm() <= 1e-5 * theirs.norm()
@@ -110,10 +111,11 @@ def test_trains_as_plain_torch_does() -> None:
 
 @distributed(world_size=2)
 def test_trains_on_two_ranks(rank: int, world: int) -> None:
-    losses, weights, _ = twin(4, world)
+    losses, weights, _, norms = twin(4, world)
     engine = start()
     assert (engine.train_batch_size(), engine.world_size, engine.global_rank) == (16, 2, rank)
     seen = train(engine, 4, rank=rank)
+    assert engine.get_global_grad_norm() == pytest.approx(norms[-1], rel=1e-5)
     if rank == 0:
         assert seen == pytest.approx(losses, rel=1e-5)
     for mine, theirs in zip(engine.parameters(), weights, strict=True):
@@ -179,6 +181,7 @@ def test_loss_may_come_divided() -> None:
         one.step()
         other.backward(F.mse_loss(other(x), y) / 2, scale_wrt_gas=False)
         other.step()
+    assert one.get_global_grad_norm() == other.get_global_grad_norm()  # Adam would hide a factor
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs)
 

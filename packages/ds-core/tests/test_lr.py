@@ -49,9 +49,19 @@ def test_warmup_has_at_least_two_steps() -> None:
     assert run(lr.WarmupLR(optimizer(), 0.0, 1.0, 1, "linear"), 4) == pytest.approx([0.0, 0.0, 0.5, 1.0])
 
 
+def test_plain_functions_of_the_step() -> None:
+    assert [lr.warmup(step, 1, kind="linear") for step in (-1, 0, 1, 2)] == [0.0, 0.0, 0.5, 1.0]
+    assert lr.warmup_decay(5, 10, 0, kind="linear") == 5 / 8
+    assert lr.warmup_cosine(-1, 10, 2, min_ratio=0.5) == 0.0
+    assert lr.warmup_cosine(99, 10, 2, cos_min_ratio=0.2) == pytest.approx(0.2)
+    assert lr.lr_range_test(3, 1.0, step_size=4, staircase=True) == 2.0
+    assert lr.cycle_position(1, 4, 4) == 0.5
+
+
 def test_warmup_goes_to_the_optimizers_own_rate_by_default() -> None:
     schedule = lr.WarmupLR(optimizer(rates=(0.3, 0.7)), warmup_num_steps=2)
     assert schedule.get_last_lr() == [0.0, 0.0]
+    schedule.optimizer.step()
     schedule.step(5)
     assert schedule.get_last_lr() == pytest.approx([0.3, 0.7])
 

@@ -80,21 +80,22 @@ def weights(engine: Any) -> dict[str, Tensor]:
     return {name: full_tensor(p).float() for name, p in engine.module.named_parameters()}
 
 
-def plain(steps: int, batch: int) -> tuple[dict[str, Tensor], list[float]]:
+def plain(steps: int, batch: int) -> tuple[dict[str, Tensor], list[float], float]:
+    """Weights, the rate of each step, and the last gradient's norm."""
     model = tiny()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     schedule = WarmupLR(optimizer, 0, 0.01, 4)
-    rates = []
+    rates, norm = [], 0.0
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         x, y = torch.randn(64, 8, generator=generator), torch.randn(64, 3, generator=generator)
         F.mse_loss(model(x[:batch]), y[:batch]).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3))
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return {name: p.detach() for name, p in model.named_parameters()}, rates
+    return {name: p.detach() for name, p in model.named_parameters()}, rates, norm
 
 
 def config(stage: int, accumulate: int, **more: Any) -> dict[str, Any]:
@@ -115,8 +116,9 @@ def config(stage: int, accumulate: int, **more: Any) -> dict[str, Any]:
 @distributed(world_size=2)
 def test_every_stage_equals_plain_torch_and_its_schedule(stage: int, accumulate: int) -> None:
     engine, *_ = ds_core.initialize(model=tiny(), config=config(stage, accumulate))
-    want, rates = plain(6, 16)
+    want, rates, norm = plain(6, 16)
     assert train(engine, 6) == pytest.approx(rates, rel=1e-12)
+    assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-5)  # Adam would hide a factor
     mine = weights(engine)
     for name, other in want.items():
         assert (mine[name] - other).norm() <= 1e-5 * other.norm(), name
@@ -153,7 +155,7 @@ def test_resume_at_another_world_size_and_stage(stage: int, other: int, tmp_path
     for name, mine in weights(engine).items():
         assert torch.equal(mine, want[name]), name
     train(engine, 3, 3)
-    final, _ = plain(6, 16)
+    final, _, _ = plain(6, 16)
     for name, mine in weights(engine).items():
         assert (mine - final[name]).norm() <= 1e-5 * final[name].norm(), name
 
