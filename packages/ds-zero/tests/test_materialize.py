@@ -93,6 +93,15 @@ def test_what_nobody_can_fill_is_named(rank: int) -> None:
     assert torch.equal(full_tensor(silent[0].gain), torch.ones(3))
 
 
+@distributed(world_size=1)
+def test_more_tensor_than_memory_is_said_before_any_is_taken(rank: int) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(*[nn.Linear(200_000, 200_000, bias=False) for _ in range(4)])
+    with pytest.raises(ValueError, match=r"does not fit(.|\n)*change:"):
+        Zero(stage=3).shard(model)
+    assert all(p.is_meta for p in model.parameters())
+
+
 def _ones(module: nn.Module) -> None:
     for param in module.parameters(recurse=False):
         nn.init.ones_(param)

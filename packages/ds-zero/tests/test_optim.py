@@ -123,7 +123,7 @@ def test_what_cannot_be_sharded_is_said(rank: int) -> None:
         shard(CASES["mlp"].build(), torch.optim.SGD(model.parameters(), lr=0.1), stage=1)
     with pytest.raises(LookupError, match="not sharded"):
         attached(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
-    with pytest.raises(ValueError, match="stage must be 1, 2 or 3, got 4"):
+    with pytest.raises(ValueError, match="stage"):
         Zero(stage=4)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
-from ds_core.ground.mesh import Mesh
+from ds_core.ground.mesh import Mesh, Topology
 from ds_core.protocols import Codec, Store
+from ds_core.setup.estimate import Recipe, check_fits
 from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner
 from ds_core.state.unit import FlatUnit, Precision, Whole
-from ds_core.state.units import UnitPlan
+from ds_core.state.units import UnitPlan, plan_units
 from ds_zero.gather import Gatherer
 from ds_zero.hooks import UseHooks
 from ds_zero.materialize import (
@@ -29,6 +31,7 @@ from ds_zero.stages import Lifetime
 class Settings(Protocol):
     """What the owner reads of `Zero(...)`."""
 
+    stage: Literal[1, 2, 3]
     cut: Cut
     bucket_numel: int
     prefetch_numel: int
@@ -64,6 +67,8 @@ class ZeroOwner(FlatOwner):
     ) -> None:
         self.config = config
         refuse_unfillable(model, config.initializer)
+        mesh = mesh or Topology().build()
+        _refuse_too_large(model, mesh, config)
         self.lifetime: Lifetime = config.lifetime
 
         def keep_whole(plan: UnitPlan) -> bool:
@@ -120,3 +125,25 @@ class ZeroOwner(FlatOwner):
         finally:
             for unit in brought:
                 self.gatherer.release(unit)
+
+
+def _refuse_too_large(model: nn.Module, mesh: Mesh, config: Settings) -> None:
+    """A meta model has no bytes yet: say before any are taken that they will not fit.
+
+    Raises DoesNotFit (a ValueError) with the estimate of every stage and what to change.
+    """
+    accelerator = mesh.accelerator
+    first = next(iter(model.parameters()), None)
+    if first is None or not first.is_meta or accelerator.device.type == "meta":
+        return
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.is_cpu else 1
+    dtype = config.param_dtype or first.dtype
+    grad_dtype = config.accumulate_dtype or torch.float32
+    check_fits(
+        model,
+        ranks=mesh.size("dp_shard"),
+        stage=config.stage,
+        available=accelerator.free_bytes() / sharing,
+        recipe=Recipe(str(dtype).removeprefix("torch."), str(grad_dtype).removeprefix("torch.")),
+        largest_unit=max(plan.numel for plan in plan_units(model, bucket_numel=config.bucket_numel)),
+    )

@@ -28,7 +28,9 @@ class Zero(Config):
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
-    stage: int = Field(description="1: optimizer state is cut; 2: gradients too; 3: parameters too")
+    stage: Literal[1, 2, 3] = Field(
+        description="1: optimizer state is cut; 2: gradients too; 3: parameters too"
+    )
     dtype: DtypeName | None = Field(
         None,
         description="dtype of the parameters; below 32 bits, with fp32 masters. None: as they are",
@@ -60,9 +62,6 @@ class Zero(Config):
     @property
     def accumulate_dtype(self) -> torch.dtype | None:
         return dtype_of(self.grad_dtype)
-
-    def model_post_init(self, context: object) -> None:
-        lifetime_of(self.stage)
 
     def shard(
         self,
@@ -101,7 +100,7 @@ def shard(
     if stage == 0:
         owner = ReplicatedOwner(model, mesh, dtype=dtype, store=store, reduce=reduce)
     else:
-        config = Zero.model_validate({"stage": stage, "dtype": name, "cut": cut_for(optimizer)})
+        config = Zero(stage=stage, dtype=name, cut=cut_for(optimizer))  # type: ignore[arg-type]
         owner = config.shard(model, mesh, store=store, gather=gather, reduce=reduce)
     ShardedOptimizer(optimizer, owner)
     return model, optimizer
