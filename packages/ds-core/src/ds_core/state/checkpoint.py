@@ -88,7 +88,11 @@ class CheckpointStore:
             keep=self._keep,
             timeout_s=self._timeout_s,
         )
-        return self._start(job, None if block else parts)
+        handle = self._start(job, None if block else parts)
+        if block:
+            # All ranks or none: nobody goes on, or deletes, or loads, before rank 0 has moved `latest`.
+            peers.agree([], handle.exception(), f"saving step {step}")
+        return handle
 
     def _start(self, job: SaveJob, changing: Mapping[str, Saveable] | None) -> SaveHandle:
         """Run the job in its thread; `changing` are the parts to snapshot when nobody waits for it."""
@@ -105,8 +109,6 @@ class CheckpointStore:
         )
         thread.start()
         self._running = handle
-        if changing is None:
-            handle.result()
         return handle
 
     def _snapshot(self, job: SaveJob, parts: Mapping[str, Saveable]) -> SaveJob:

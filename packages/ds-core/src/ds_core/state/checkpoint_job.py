@@ -34,7 +34,7 @@ class SaveHandle:
 
     def __init__(self, path: Path) -> None:
         self._path, self._done = path, threading.Event()
-        self._error: BaseException | None = None
+        self._error: SaveError | None = None
         self._told = False
 
     def done(self) -> bool:
@@ -45,7 +45,7 @@ class SaveHandle:
         """Wait until it is done; False if `timeout` seconds pass before."""
         return self._done.wait(timeout)
 
-    def exception(self, timeout: float | None = None) -> BaseException | None:
+    def exception(self, timeout: float | None = None) -> SaveError | None:
         """The error it failed with, None if it was committed.
 
         Raises: TimeoutError if it is not done within `timeout` seconds.
@@ -71,7 +71,7 @@ class SaveHandle:
         if self._error is not None and not self._told:
             self.result()
 
-    def finish(self, error: BaseException | None) -> None:
+    def finish(self, error: SaveError | None) -> None:
         """For the writer: what became of it."""
         self._error = error
         self._done.set()
