@@ -32,23 +32,29 @@ class Zero(Config):
         description="1: optimizer state is cut; 2: gradients too; 3: parameters too"
     )
     dtype: DtypeName | None = Field(
-        None,
+        default=None,
         description="dtype of the parameters; below 32 bits, with fp32 masters. None: as they are",
     )
     grad_dtype: DtypeName | None = Field(
-        None, description="dtype in which gradients accumulate; None: the masters' (fp32 in mixed precision)"
+        default=None,
+        description="dtype in which gradients accumulate; None: the masters' (fp32 in mixed precision)",
     )
-    cut: Cut = Field("flat", description="flat cuts anywhere; whole keeps each parameter on one rank")
+    cut: Cut = Field(default="flat", description="flat cuts anywhere; whole keeps each parameter on one rank")
     bucket_numel: int = Field(
-        1_000_000, ge=1, description="neighbours are put together up to this many elements"
+        default=1_000_000, ge=1, description="neighbours are put together up to this many elements"
     )
     prefetch_numel: int = Field(
-        5_000_000, ge=0, description="elements gathered ahead of their use at stage 3; 0: none"
+        default=5_000_000, ge=0, description="elements gathered ahead of their use at stage 3; 0: none"
     )
-    persist_numel: int = Field(0, ge=0, description="stage 3: units below this many elements stay whole")
-    overlap: bool = Field(True, description="communicate while computing; False waits for every collective")
+    persist_numel: int = Field(
+        default=0, ge=0, description="stage 3: units below this many elements stay whole"
+    )
+    overlap: bool = Field(
+        default=True, description="communicate while computing; False waits for every collective"
+    )
     initializer: Initializer | None = Field(
-        None, description="fn(module) that fills a meta module's parameters; None: its reset_parameters()"
+        default=None,
+        description="fn(module) that fills a meta module's parameters; None: its reset_parameters()",
     )
 
     @property
