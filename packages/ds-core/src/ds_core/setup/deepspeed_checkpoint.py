@@ -13,6 +13,7 @@ from torch import Tensor
 from ds_core.state.checkpoint import CheckpointStore
 from ds_core.state.checkpoint_index import read_index
 from ds_core.state.owner import FlatOwner
+from ds_core.state.saved import saved_buffers
 from ds_core.state.shard import Json
 from ds_core.train.engine import Engine
 
@@ -110,7 +111,9 @@ def save_model(owner: FlatOwner, folder: Path, filename: str) -> bool:
     if owner.comm.rank == 0:
         from safetensors.torch import save as to_bytes
 
-        buffers = {name: buffer.detach().cpu().contiguous() for name, buffer in owner.named_buffers().items()}
+        buffers = {
+            name: buffer.detach().cpu().contiguous() for name, buffer in saved_buffers(owner.model).items()
+        }
         aliases = owner.state_dict()["aliases"]
         assert isinstance(aliases, dict)
         folder.mkdir(parents=True, exist_ok=True)

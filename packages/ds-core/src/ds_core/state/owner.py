@@ -15,6 +15,7 @@ from ds_core.ground.wire import Codec
 from ds_core.state.hooks import OwnerHooks, dtype_of
 from ds_core.state.layout import Cut
 from ds_core.state.reduce import GradReducer
+from ds_core.state.saved import check_shapes, flat_shards, saved_buffers, tied_names
 from ds_core.state.shard import FlatShard, Json, SavedTensor
 from ds_core.state.store import DeviceStore, Store
 from ds_core.state.unit import FlatUnit, Precision, Whole
@@ -65,7 +66,7 @@ class FlatOwner:
         self.gather_comm = self.mesh.communicator(self.axis, "gather")
         self.control = self.mesh.communicator(self.axis, "control")
         self._keep_whole = settings.keep_whole
-        self._refuse_owned(model)
+        _refuse_owned(model)
         self.units = [self._make_unit(plan) for plan in plan_units(model, bucket_numel=settings.bucket_numel)]
         for unit in self.units:
             self._fill(unit)
@@ -97,12 +98,6 @@ class FlatOwner:
         self.mesh.log.clear()
 
     # -- construction --------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _refuse_owned(model: nn.Module) -> None:
-        owned = [name for name, param in model.named_parameters() if param in _OWNERS]
-        if owned:
-            raise ValueError(f"{owned[0]} (and {len(owned) - 1} more) is sharded already; shard a model once")
 
     def _make_unit(self, plan: UnitPlan) -> FlatUnit:
         world = self.comm.world if self.sharded else 1
@@ -207,15 +202,6 @@ class FlatOwner:
             raise LookupError("this tensor is no parameter of the sharded model")
         return found
 
-    def named_buffers(self) -> dict[str, Tensor]:
-        """The buffers that belong into a checkpoint: registered as persistent, each under one name."""
-        found: dict[str, Tensor] = {}
-        for prefix, module in self.model.named_modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and name not in module._non_persistent_buffers_set:
-                    found[f"{prefix}.{name}" if prefix else name] = buffer
-        return found
-
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def written_part(self, unit: FlatUnit) -> range:
@@ -226,46 +212,27 @@ class FlatOwner:
         each = -(-numel // self.comm.world)
         return range(min(numel, each * self.comm.rank), min(numel, each * (self.comm.rank + 1)))
 
-    def flat_shards(self, unit: FlatUnit, values: Tensor, part: range | None = None) -> dict[str, FlatShard]:
-        """`values` [shard_numel] of a unit as named shards, cut to `part` of the shard."""
-        found = {}
-        part = range(unit.layout.shard_numel) if part is None else part
-        for overlap in unit.layout.overlaps(unit.rank):
-            low, high = max(overlap.local[0], part.start), min(overlap.local[1], part.stop)
-            if low < high:
-                begin = overlap.begin + low - overlap.local[0]
-                found[overlap.slot.fqn] = FlatShard(values[low:high], overlap.slot.shape, begin)
-        return found
-
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
         """Parameters (masters where there are any) as this rank's shards, buffers whole, tied names."""
         self.settle()
         state: dict[str, Tensor | FlatShard | Json] = {}
         for unit in self.units:
-            state |= self.flat_shards(unit, unit.values().detach(), self.written_part(unit))
-        state |= self.named_buffers()
-        state["aliases"] = self._aliases()
+            state |= flat_shards(unit, unit.values().detach(), self.written_part(unit))
+        state |= saved_buffers(self.model)
+        state["tied"] = tied_names(self.model)
         return state
-
-    def _aliases(self) -> dict[str, str]:
-        first: dict[int, str] = {}
-        aliases = {}
-        for name, param in self.model.named_parameters(remove_duplicate=False):
-            if first.setdefault(id(param), name) != name:
-                aliases[name] = first[id(param)]
-        return aliases
 
     def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         """Masters, frozen shards and buffers, after every name and shape has been compared."""
         shapes = {slot.fqn: slot.shape for unit in self.units for slot in unit.layout.slots}
-        shapes |= {name: buffer.shape for name, buffer in self.named_buffers().items()}
+        shapes |= {name: buffer.shape for name, buffer in saved_buffers(self.model).items()}
         check_shapes(shapes, {name: info.shape for name, info in saved.items()})
         self.changing()
         self.settle()
         targets: dict[str, Tensor | FlatShard] = {}
         for unit in self.units:
-            targets |= self.flat_shards(unit, unit.values().detach())
-        return targets | self.named_buffers()
+            targets |= flat_shards(unit, unit.values().detach())
+        return targets | saved_buffers(self.model)
 
     def load_state_dict(self, values: Mapping[str, Json]) -> None:
         """After the targets are filled: refresh every copy that is not the master. Collective."""
@@ -307,29 +274,10 @@ class ReplicatedOwner(FlatOwner):
         super().__init__(model, mesh, sharded=False, whole_grads=True, precision=precision, **options)
 
 
-def check_shapes(mine: Mapping[str, Sequence[int]], saved: Mapping[str, Sequence[int]]) -> None:
-    """Raises ValueError listing every name that is missing, unknown or of another shape, with both shapes."""
-    faults = [
-        f"  {name}: in the model {tuple(mine[name])}, not in the checkpoint"
-        for name in mine
-        if name not in saved
-    ]
-    faults += [
-        f"  {name}: in the checkpoint {tuple(saved[name])}, not in the model"
-        for name in saved
-        if name not in mine
-    ]
-    faults += [
-        f"  {name}: in the model {tuple(mine[name])}, in the checkpoint {tuple(saved[name])}"
-        for name in mine
-        if name in saved and tuple(mine[name]) != tuple(saved[name])
-    ]
-    if faults:
-        shown = "\n".join(faults[:20]) + (f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else "")
-        raise ValueError(
-            f"the checkpoint is of another model, {len(faults)} tensors differ:\n{shown}\n"
-            "build the model that was saved, or load the checkpoint it was saved to; nothing was changed"
-        )
+def _refuse_owned(model: nn.Module) -> None:
+    owned = [name for name, param in model.named_parameters() if param in _OWNERS]
+    if owned:
+        raise ValueError(f"{owned[0]} (and {len(owned) - 1} more) is sharded already; shard a model once")
 
 
 def _data_axis(mesh: Mesh) -> str:

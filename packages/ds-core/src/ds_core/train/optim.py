@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ds_core.state.layout import Cut, Overlap
-from ds_core.state.owner import FlatOwner, check_shapes
+from ds_core.state.owner import FlatOwner
+from ds_core.state.saved import check_shapes
 from ds_core.state.shard import FlatShard, Json, SavedTensor
 from ds_core.state.unit import FlatUnit
 

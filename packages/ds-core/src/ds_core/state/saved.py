@@ -1,0 +1,67 @@
+"""A model's units and buffers by the names under which checkpoints hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from ds_core.state.shard import FlatShard
+from ds_core.state.unit import FlatUnit
+
+
+def flat_shards(unit: FlatUnit, values: Tensor, part: range | None = None) -> dict[str, FlatShard]:
+    """`values` [shard_numel] of a unit as shards by parameter name, cut to `part` of the shard."""
+    found = {}
+    part = range(unit.layout.shard_numel) if part is None else part
+    for overlap in unit.layout.overlaps(unit.rank):
+        low, high = max(overlap.local[0], part.start), min(overlap.local[1], part.stop)
+        if low < high:
+            begin = overlap.begin + low - overlap.local[0]
+            found[overlap.slot.fqn] = FlatShard(values[low:high], overlap.slot.shape, begin)
+    return found
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that belong into a checkpoint: those registered as persistent."""
+    found: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of a parameter -> the name it is saved under."""
+    first: dict[int, str] = {}
+    tied = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(param), name) != name:
+            tied[name] = first[id(param)]
+    return tied
+
+
+def check_shapes(mine: Mapping[str, Sequence[int]], saved: Mapping[str, Sequence[int]]) -> None:
+    """Raises ValueError listing every name that is missing, unknown or of another shape, with both shapes."""
+    faults = [
+        f"  {name}: in the model {tuple(mine[name])}, not in the checkpoint"
+        for name in mine
+        if name not in saved
+    ]
+    faults += [
+        f"  {name}: in the checkpoint {tuple(saved[name])}, not in the model"
+        for name in saved
+        if name not in mine
+    ]
+    faults += [
+        f"  {name}: in the model {tuple(mine[name])}, in the checkpoint {tuple(saved[name])}"
+        for name in mine
+        if name in saved and tuple(mine[name]) != tuple(saved[name])
+    ]
+    if faults:
+        shown = "\n".join(faults[:20]) + (f"\n  ... and {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise ValueError(
+            f"the checkpoint is of another model, {len(faults)} tensors differ:\n{shown}\n"
+            "build the model that was saved, or load the checkpoint it was saved to; nothing was changed"
+        )
