@@ -239,12 +239,18 @@ def lint(session: nox.Session) -> None:
     """ruff, and the checks of tools/. `-- --fix` formats and rewrites the generated files."""
     session.install("-q", *GROUPS["lint"])
     fix = "--fix" in session.posargs
-    session.run("ruff", "check", *(["--fix"] if fix else []), ".")
-    session.run("ruff", "format", *([] if fix else ["--check"]), ".")
-    for tool in ("layers", "sizes", "release", "hygiene"):
-        session.run("python", f"tools/{tool}.py")
-    for tool in ("rooms", "api"):
-        session.run("python", f"tools/{tool}.py", *([] if fix else ["--check"]))
+    commands = [["ruff", "check", *(["--fix"] if fix else []), "."]]
+    commands.append(["ruff", "format", *([] if fix else ["--check"]), "."])
+    commands += [["python", f"tools/{tool}.py"] for tool in ("layers", "sizes", "release", "hygiene")]
+    commands += [["python", f"tools/{tool}.py", *([] if fix else ["--check"])] for tool in ("rooms", "api")]
+    failed = []
+    for command in commands:
+        try:
+            session.run(*command)
+        except nox.command.CommandFailed:
+            failed.append(" ".join(command))
+    if failed:
+        session.error("; ".join(failed))
 
 
 @nox.session
