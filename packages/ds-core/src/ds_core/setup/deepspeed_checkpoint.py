@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_core.state.checkpoint import CheckpointStore
 from ds_core.state.checkpoint_index import read_index
 from ds_core.state.owner import FlatOwner
-from ds_core.state.saved import saved_buffers
+from ds_core.state.saved import saved_buffers, tied_names
 from ds_core.state.shard import Json
 from ds_core.train.engine import Engine
 
@@ -114,8 +114,7 @@ def save_model(owner: FlatOwner, folder: Path, filename: str) -> bool:
         buffers = {
             name: buffer.detach().cpu().contiguous() for name, buffer in saved_buffers(owner.model).items()
         }
-        aliases = owner.state_dict()["aliases"]
-        assert isinstance(aliases, dict)
+        aliases = tied_names(owner.model)
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / filename, to_bytes({**tensors, **buffers}, metadata={"format": "pt", **aliases}))
     owner.mesh.barrier()

@@ -12,6 +12,7 @@ from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from ds_core.state.reduce import GradReducer
+from ds_core.state.shard import ChangeGate
 from ds_core.state.unit import FlatUnit
 
 _DTYPES = {
@@ -52,11 +53,11 @@ class Hooked(Protocol):
     units: list[FlatUnit]
     trainable: list[FlatUnit]
     reducer: GradReducer
+    changes: ChangeGate
 
     def gradients_taken(self, unit: FlatUnit) -> None: ...
     def close_round(self) -> None: ...
     def zero_grad(self) -> None: ...
-    def changing(self) -> None: ...
     def whole(self, units: Sequence[FlatUnit]) -> AbstractContextManager[None]: ...
 
 
@@ -139,7 +140,7 @@ class OwnerHooks:
             open_contexts.pop().__exit__(None, None, None)
 
         def leave_loaded(module: nn.Module, incompatible: Any) -> None:
-            owner.changing()
+            owner.changes.open()
             for unit in units:
                 unit.absorb_whole()
             open_contexts.pop().__exit__(None, None, None)

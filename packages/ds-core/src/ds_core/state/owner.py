@@ -16,7 +16,7 @@ from ds_core.state.hooks import OwnerHooks, dtype_of
 from ds_core.state.layout import Cut
 from ds_core.state.reduce import GradReducer
 from ds_core.state.saved import check_shapes, flat_shards, saved_buffers, tied_names
-from ds_core.state.shard import FlatShard, Json, SavedTensor
+from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
 from ds_core.state.store import DeviceStore, Store
 from ds_core.state.unit import FlatUnit, Precision, Whole
 from ds_core.state.units import UnitPlan, plan_units
@@ -94,7 +94,8 @@ class FlatOwner:
         for unit in self.units:
             for param in unit.params:
                 _OWNERS[param] = self
-        self._before_change: list[Callable[[], None]] = []
+        self.changes = ChangeGate()  # opened right before masters change
+        self.before_next_change = self.changes.before_next_change
         self.mesh.log.clear()
 
     # -- construction --------------------------------------------------------------------------------------
@@ -152,16 +153,6 @@ class FlatOwner:
         """Drop all gradients, reduced or not."""
         self.reducer.clear()
 
-    def before_next_change(self, fn: Callable[[], None]) -> None:
-        """Call `fn` once, right before masters next change (a checkpoint that still copies them)."""
-        self._before_change.append(fn)
-
-    def changing(self) -> None:
-        """Masters are about to change."""
-        waiting, self._before_change = self._before_change, []
-        for fn in waiting:
-            fn()
-
     def publish(self, *, wait: bool = True, copied: frozenset[str] = frozenset()) -> None:
         """Masters changed: bring everything that is whole up to date.
 
@@ -218,7 +209,8 @@ class FlatOwner:
         state: dict[str, Tensor | FlatShard | Json] = {}
         for unit in self.units:
             state |= flat_shards(unit, unit.values().detach(), self.written_part(unit))
-        state |= saved_buffers(self.model)
+        # Buffers may change in any forward, so a checkpoint that copies in the background gets copies.
+        state |= {name: buffer.detach().clone() for name, buffer in saved_buffers(self.model).items()}
         state["tied"] = tied_names(self.model)
         return state
 
@@ -227,7 +219,7 @@ class FlatOwner:
         shapes = {slot.fqn: slot.shape for unit in self.units for slot in unit.layout.slots}
         shapes |= {name: buffer.shape for name, buffer in saved_buffers(self.model).items()}
         check_shapes(shapes, {name: info.shape for name, info in saved.items()})
-        self.changing()
+        self.changes.open()
         self.settle()
         targets: dict[str, Tensor | FlatShard] = {}
         for unit in self.units:

@@ -207,7 +207,7 @@ class ShardedOptimizer:
 
     def _before_step(self, *_: Any) -> None:
         self.show_grads()
-        self.owner.changing()
+        self.owner.changes.open()
 
     def _after_step(self, *_: Any) -> None:
         # Without a gradient the optimizer skips a parameter, and with it the copy-out: the old copy is right.
@@ -287,7 +287,7 @@ class ShardedOptimizer:
         strangers = {fqn: () for fqn in by_param if fqn not in mine}
         if strangers:
             check_shapes({}, strangers)
-        self.owner.changing()
+        self.owner.changes.open()
         targets: dict[str, Tensor | FlatShard] = {}
         for piece in self.pieces:
             state: dict[str, Any] = {}
