@@ -1,7 +1,7 @@
 """`ds launch`: start one process per rank on this host, on the hosts of a hostfile, or under srun and mpirun.
 
 Ranks get what torchrun gives: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR and
-MASTER_PORT; besides, DS_LOG_DIR, and OMP_NUM_THREADS and PYTHONUNBUFFERED where they are not set.
+MASTER_PORT; besides, DS_LOG_DIR, and OMP_NUM_THREADS, OMP_WAIT_POLICY and PYTHONUNBUFFERED where not set.
 """
 
 from __future__ import annotations
@@ -218,6 +218,8 @@ def _rank_environ(node: Node, local: int, logs: str | None) -> dict[str, str]:
         environ["CUDA_VISIBLE_DEVICES"] = visible_devices(node.slots, os.environ.get("CUDA_VISIBLE_DEVICES"))
     defaults = {
         "OMP_NUM_THREADS": str(max(1, usable_cores() // node.nproc)),
+        # Threads that wait by spinning slow a rank tenfold as soon as anything else wants their core.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",  # a crash in native code then shows the Python line it came from
     }
