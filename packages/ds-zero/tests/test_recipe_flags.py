@@ -21,8 +21,10 @@ def test_every_setting_is_a_documented_flag() -> None:
 
 
 def test_defaults_and_typed_values() -> None:
-    settings, saved = parse(["--stage", "2", "--model-size", "2m", "--plain"])
-    assert saved is None
+    parsed = parse(["--stage", "2", "--model-size", "2m", "--plain"])
+    settings = parsed.settings
+    assert parsed.saved is None
+    assert parsed.typed == {"stage", "model_size", "plain"}
     assert (settings.stage, settings.model_size, settings.plain, settings.seq) == (2, "2m", True, 256)
 
 
@@ -57,16 +59,17 @@ def test_bad_values_are_named(argv: list[str], message: str) -> None:
 def test_config_file_and_flags_do_not_mix(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text("{}")
-    assert parse(["--config", str(file), "--steps", "3"])[0].config == file
+    assert parse(["--config", str(file), "--steps", "3"]).settings.config == file
     with pytest.raises(ValueError, match=r"--lr and --config .*'optimizer\.params\.lr'"):
         parse(["--config", str(file), "--lr", "0.1"])
 
 
 def test_a_resumed_run_keeps_what_its_checkpoint_depends_on(tmp_path: Path) -> None:
-    first, _ = parse(["--model-size", "2m", "--stage", "3", "--seq", "64", "--stop-after", "5"])
+    first = parse(["--model-size", "2m", "--stage", "3", "--seq", "64", "--stop-after", "5"]).settings
     (tmp_path / "run.json").write_text(json.dumps({"settings": first.as_json()}))
-    again, saved = parse(["--resume", str(tmp_path), "--stage", "1", "--model-size", "2m"])
-    assert saved is not None
+    parsed = parse(["--resume", str(tmp_path), "--stage", "1", "--model-size", "2m"])
+    again = parsed.settings
+    assert parsed.saved is not None
     assert (again.model_size, again.seq, again.stage) == ("2m", 64, 1)
     assert again.stop_after is None
     with pytest.raises(ValueError, match=r"--seq 128 contradicts --resume .*trained with 64"):

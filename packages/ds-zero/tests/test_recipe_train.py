@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from ds_zero.recipes.ranks import Ranks
 from ds_zero.recipes.train_gpt import main
 
 SMALL = ["--model-size", "100k", "--tokenizer", "bytes", "--seq", "32", "--eval-bytes", "600"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads that wait by spinning make these small models ten times slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +76,33 @@ def test_one_rank_becomes_two(text: Path, tmp_path: Path) -> None:
 
 def resume_on_two(rank: int, directory: Path) -> None:
     assert main(["--resume", str(directory), "--batch", "1", "--stage", "2"]) == 0
+
+
+def test_a_deepspeed_file_in_place_of_flags(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "ds_config.json"
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": 2,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "Adam", "params": {"lr": 3e-3}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 3, "warmup_max_lr": 3e-3}},
+        "gradient_clipping": 1.0,
+    }
+    file.write_text(json.dumps(config))
+    argv = [*SMALL, "--data", str(text), "--steps", "8", "--config", str(file), "--out"]
+    assert main([*argv, str(tmp_path / "run"), "--stop-after", "4"]) == 0
+    assert main(["--resume", str(tmp_path / "run"), "--stage", "3", "--batch", "1"]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    layout = [(p["stage"], p["dtype"], p["batch"], p["accumulate"]) for p in report["phases"]]
+    assert layout == [(2, "bfloat16", 2, 2), (3, "bfloat16", 1, 4)]
+    assert report["resume_relative_difference"][1] <= 1e-5
+    assert report["losses"][-1][1] < report["losses"][0][1]
+    file.write_text(json.dumps(config | {"zero_optimisation": {}}))
+    assert main([*argv, str(tmp_path / "again")]) == 2
+    assert "zero_optimisation: unknown key" in capsys.readouterr().err
 
 
 def test_stopped_and_resumed_equals_uninterrupted(text: Path, tmp_path: Path) -> None:

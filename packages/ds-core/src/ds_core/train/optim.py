@@ -126,7 +126,7 @@ class ShardedOptimizer:
                 if not param.requires_grad:
                     continue
                 unit, index = self._place(param)
-                used.add(id(param))
+                used.add(id(unit.params[index]))  # a meta model was given new parameters
                 state = self.optimizer.state.pop(param, {})
                 overlap = overlaps.get((id(unit), index))
                 if overlap is None:

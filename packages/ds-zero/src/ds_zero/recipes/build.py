@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 from ds_core import (
     DynamicScale,
     Engine,
-    Mesh,
+    FlatOwner,
     ReplicatedOwner,
     ResumableLoader,
     ResumableSampler,
     ShardedOptimizer,
     Topology,
+    initialize,
 )
 from ds_core.protocols import Saveable
 from ds_core.setup import plugins
@@ -27,6 +28,7 @@ from ds_core.train.rng import RngState
 from ds_zero import Zero
 from ds_zero.recipes.data import Windows
 from ds_zero.recipes.flags import Settings
+from ds_zero.recipes.from_config import config_for
 from ds_zero.recipes.model import GPT, GPTConfig
 from ds_zero.recipes.pace import Pace
 from ds_zero.recipes.ranks import Ranks
@@ -103,30 +105,56 @@ def build_job(
 ) -> Job:
     """Shard a fresh model over the ranks there are now. Collective."""
     torch.manual_seed(settings.seed)
-    mesh: Mesh = Topology().build(ranks.accelerator)
-    device = torch.device("meta") if stage else ranks.accelerator.device
-    with device:
+    # At stages 1 to 3 a unit gets its bytes when it is cut: no rank ever holds the whole model.
+    with torch.device("meta") if stage else ranks.accelerator.device:
         model = GPT(config)
+    if settings.config is None:
+        engine, name = build_engine(settings, model, pace, ranks, split, stage)
+    else:
+        engine, name = initialize_engine(settings, model, pace, ranks, split, stage)
+    loader = build_loader(windows, split, ranks.rank, settings.seed)
+    parts = {**engine.parts(), "data": loader, "rng": RngState(device=ranks.accelerator.device)}
+    return Job(engine, engine.owner, engine.optimizer, model, loader, parts, name)
+
+
+def build_engine(
+    settings: Settings, model: GPT, pace: Pace, ranks: Ranks, split: Split, stage: int
+) -> tuple[Engine, str]:
+    """The objects one by one, and the optimizer's name."""
+    mesh = Topology().build(ranks.accelerator)
+    owner: FlatOwner
     if stage:
-        owner = Zero(stage=stage, dtype=settings.dtype).shard(model, mesh)
+        owner = Zero.model_validate({"stage": stage, "dtype": settings.dtype}).shard(model, mesh)
     else:
         owner = ReplicatedOwner(model, mesh, dtype=settings.dtype)
-    base, name = choose_optimizer(settings, model, ranks.accelerator.device)
-    optimizer = ShardedOptimizer(base, owner, wait=False)
-    schedule = PacedSchedule(base, pace)
-    scaler = DynamicScale() if settings.dtype == "float16" else None
+    optimizer, name = choose_optimizer(settings, list(model.parameters()), ranks.accelerator.device)
     engine = Engine(
         model,
         owner,
-        optimizer,
+        ShardedOptimizer(optimizer, owner),
         max_norm=settings.clip or None,
         accumulate=split.accumulate,
-        scaler=scaler,
-        scheduler=schedule,
+        scaler=DynamicScale() if settings.dtype == "float16" else None,
+        scheduler=PacedSchedule(optimizer, pace),
     )
-    loader = build_loader(windows, split, ranks.rank, settings.seed)
-    parts = {**engine.parts(), "data": loader, "rng": RngState(device=ranks.accelerator.device)}
-    return Job(engine, owner, optimizer, model, loader, parts, name)
+    return engine, name
+
+
+def initialize_engine(
+    settings: Settings, model: GPT, pace: Pace, ranks: Ranks, split: Split, stage: int
+) -> tuple[Engine, str]:
+    """The same from a DeepSpeed file; an optimizer and a schedule of ours only if it names no optimizer."""
+    assert settings.config is not None
+    values = config_for(
+        settings.config, stage=stage, batch=split.batch, accumulate=split.accumulate, world=split.world
+    )
+    own: dict[str, Any] = {}
+    if "optimizer" not in values:
+        own["optimizer"] = lambda params: choose_optimizer(settings, params, ranks.accelerator.device)[0]
+        if "scheduler" not in values:
+            own["lr_scheduler"] = lambda optimizer: PacedSchedule(optimizer, pace)
+    engine, optimizer, _, _ = initialize(model=model, config=values, **own)
+    return engine, f"{type(optimizer).__name__} through {settings.config}"
 
 
 def build_loader(windows: Windows, split: Split, rank: int, seed: int) -> ResumableLoader:
@@ -137,9 +165,10 @@ def build_loader(windows: Windows, split: Split, rank: int, seed: int) -> Resuma
     return ResumableLoader(windows, sampler)
 
 
-def choose_optimizer(settings: Settings, model: nn.Module, device: torch.device) -> tuple[Optimizer, str]:
+def choose_optimizer(
+    settings: Settings, params: Sequence[Tensor], device: torch.device
+) -> tuple[Optimizer, str]:
     """The optimizer and what to call it; weight decay on matrices only."""
-    params = list(model.parameters())
     groups = [
         {"params": [p for p in params if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in params if p.dim() <= 1], "weight_decay": 0.0},

@@ -177,8 +177,17 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--plain", action="store_true", help="plain lines instead of a progress bar")
 
 
-def parse(argv: Sequence[str] | None = None) -> tuple[Settings, dict[str, Any] | None]:
-    """The settings, and what `run.json` of the resumed run holds (None for a new run).
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """The command line, checked."""
+
+    settings: Settings
+    typed: frozenset[str]  # the fields of `settings` that the user gave
+    saved: Mapping[str, Any] | None  # `run.json` of the resumed run
+
+
+def parse(argv: Sequence[str] | None = None) -> Parsed:
+    """Read the command line, and the settings of the run that it resumes.
 
     Raises: ValueError or OSError saying what was given, what is allowed, and what to change.
     """
@@ -193,10 +202,10 @@ def parse(argv: Sequence[str] | None = None) -> tuple[Settings, dict[str, Any] |
             )
     settings = Settings(**{**before, **typed})
     if settings.config is not None:
-        _check_config(settings.config, typed)
+        _check_config(settings.config, typed, resuming=saved is not None)
     _check_values(settings)
     _check_run(settings, typed)
-    return settings, saved
+    return Parsed(settings, frozenset(typed), saved)
 
 
 def read_run(directory: Path) -> dict[str, Any]:
@@ -250,11 +259,11 @@ def _settings_from_json(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, **paths, "switch_at": 0.0}
 
 
-def _check_config(file: Path, typed: Mapping[str, Any]) -> None:
+def _check_config(file: Path, typed: Mapping[str, Any], *, resuming: bool) -> None:
     if not file.is_file():
         raise FileNotFoundError(f"--config {file}: there is no such file")
     for name, key in IN_CONFIG.items():
-        if name in typed:
+        if name in typed and not (resuming and name in ("stage", "batch", "accumulate")):
             raise ValueError(
                 f"{flag(name)} and --config {file} cannot both be given: put it into the file as {key!r}, "
                 "or leave --config out"

@@ -17,7 +17,7 @@ from ds_zero.recipes.flags import Settings, write_run
 from ds_zero.recipes.measure import Setting, beside, state_formulas, storage_bytes, wire_formula
 from ds_zero.recipes.model import GPTConfig
 from ds_zero.recipes.pace import Pace
-from ds_zero.recipes.prepare import Text, num_states
+from ds_zero.recipes.prepare import Text
 from ds_zero.recipes.progress import Progress
 from ds_zero.recipes.ranks import Ranks
 from ds_zero.recipes.record import Measured, Phase, Record
@@ -163,6 +163,12 @@ class PhaseRunner:
             "optimizer state": storage_bytes([*masters, *moments], seen),
         }
 
+    def _num_states(self) -> int:
+        """How many numbers the optimizer keeps for each element of a parameter."""
+        for param, state in self.job.optimizer.optimizer.state.items():
+            return sum(1 for t in state.values() if isinstance(t, torch.Tensor) and t.shape == param.shape)
+        return 0
+
     def _fill_tables(self, state: dict[str, int], sent: int) -> None:
         settings = self.run.settings
         setting = Setting(
@@ -171,7 +177,7 @@ class PhaseRunner:
             self.stage,
             self.split.accumulate,
             settings.dtype,
-            num_states(settings),
+            self._num_states(),
         )
         self.phase.bytes_per_rank = beside(state, state_formulas(setting))
         self.phase.sent_per_step = {"all collectives": Measured(sent, *wire_formula(setting))}

@@ -17,6 +17,7 @@ from ds_core import Accelerator
 from ds_zero.recipes.build import Split, split_batch
 from ds_zero.recipes.evaluate import compressor_bits
 from ds_zero.recipes.flags import Settings, parse, write_run
+from ds_zero.recipes.from_config import with_config
 from ds_zero.recipes.model import GPTConfig, count_parameters, gpt_config, sample
 from ds_zero.recipes.pace import Pace
 from ds_zero.recipes.phase import PhaseRunner, Run
@@ -55,11 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(argv: Sequence[str] | None) -> int:
     """Everything between the command line and the exit code. Collective over the launcher's ranks."""
     began = time.monotonic()
-    settings, saved = parse(argv)
+    parsed = parse(argv)
+    settings, saved = parsed.settings, parsed.saved
     if settings.device is not None:
         os.environ["DS_ACCELERATOR"] = settings.device
     ranks = Ranks.join(Accelerator.current())
     try:
+        settings = with_config(settings, parsed.typed, ranks.world)
         settings = replace(settings, dtype=choose_dtype(settings.dtype, ranks))
         split = first_split(settings, saved, ranks.world)
         switch = plan_switch(settings, split)
