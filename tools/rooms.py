@@ -85,8 +85,8 @@ def main(argv: list[str]) -> int:
         findings.append(f"{PAGE}: stale; run `nox -s lint -- --fix`")
     for finding in findings:
         print(finding)
-    for name in find_untested(repo):
-        print(f"note: no test imports {name}")
+    if untested := list(find_untested(repo)):
+        print(f"note: no test names these: {', '.join(untested)}")
     return 1 if findings else 0
 
 
