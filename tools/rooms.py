@@ -62,14 +62,18 @@ TABLE = ("| file | what for |", "| --- | --- |")
 
 
 def find_untested(repo: Repo) -> Iterator[str]:
-    """Modules with code that no test names: not imported, not through the package's table, not as text."""
+    """Modules that no test names: by import, through a package table, as text, or as test_<file>.py."""
     tests = [*repo.root.glob("packages/*/tests/**/*.py"), *repo.root.glob("integration-tests/**/*.py")]
+    public = {f"{p}.{name}": home for p in repo.projects for name, home in repo.homes(p).items()}
+    files = {path.stem.removeprefix("test_") for path in tests}
     seen: set[str] = set()
     for path in tests:
         seen.update(i.target for i in find_imports(repo, Module(path.stem, path, "")))
-        seen.update(re.findall(r"\bds_\w+(?:\.\w+)+", path.read_text()))
+        words = re.findall(r"\bds_\w+(?:\.\w+)+", path.read_text())
+        seen.update(public.get(word, word) for word in words)
     for name, module in repo.modules.items():
-        if not module.is_init and name not in seen and not any(s.startswith(f"{name}.") for s in seen):
+        named = name in seen or module.path.stem in files or any(s.startswith(f"{name}.") for s in seen)
+        if not module.is_init and not named:
             yield name
 
 

@@ -88,9 +88,12 @@ def test_rooms_refuses_a_file_without_a_purpose(tree, text):
 
 
 def test_rooms_lists_what_no_test_imports(tree):
-    files = {f"{CORE}/{name}.py": '"""X."""\n' for name in ("a", "b", "c", "d")}
-    files[f"{CORE}/__init__.py"] = '"""V."""\n_HOME = {"B": "ds_core.b"}\n'
-    files["packages/ds-core/tests/test_a.py"] = 'import ds_core.a\nfrom ds_core import B\nC = "ds_core.c"\n'
+    files = {f"{CORE}/{name}.py": '"""X."""\n' for name in ("a", "b", "c", "d", "e", "f")}
+    files[f"{CORE}/__init__.py"] = '"""V."""\n_HOME = {"B": "ds_core.b", "E": "ds_core.e"}\n'
+    files["packages/ds-core/tests/test_a.py"] = (
+        'import ds_core.a\nfrom ds_core import B\nC = "ds_core.c"\nds_core.E\n'
+    )
+    files["packages/ds-core/tests/test_f.py"] = ""
     assert list(rooms.find_untested(Repo(tree(files)))) == ["ds_core.d"]
 
 
