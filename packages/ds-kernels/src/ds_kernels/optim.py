@@ -37,7 +37,7 @@ class FusedAdam(Optimizer):
     `low_precision_grads[param]`: a gradient used instead of `param.grad`, in any of the three dtypes.
     `grad_scale`: gradients are divided by it (float or one-element tensor; torch's own convention, which
     torch.amp.GradScaler sets and deletes around `step`). `clip_coef`: gradients are multiplied by it.
-    `found_inf`: when set and not zero, `step` changes nothing.
+    `found_inf`: when set and not zero, `step` changes nothing; reading it waits for a GPU.
     """
 
     elementwise = True  # each element is updated on its own, so parameters may be cut anywhere
@@ -177,6 +177,9 @@ class FusedAdam(Optimizer):
             copy = self.copy_out.get(param) if self.copy_out else None
             state = self.state[param]
             if not state:
+                load(
+                    "adam", param.device
+                )  # the constructor may have seen other parameters: shards replace them
                 state["step"] = torch.tensor(0.0)
                 for name in _MOMENTS:
                     state[name] = torch.zeros_like(param, dtype=torch.float32)
