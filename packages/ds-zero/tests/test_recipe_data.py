@@ -107,9 +107,10 @@ def test_windows_shift_targets_by_one_and_tile_the_stream() -> None:
 
 def test_heldout_predicts_every_byte_once() -> None:
     documents = [data.Document("a", "hello"), data.Document("b", "wörld!")]
-    heldout = data.Heldout.cut(data.ByteTokenizer(), documents, 4)
+    tokenizer = data.ByteTokenizer()
+    stream = data.token_stream(tokenizer, documents)
+    heldout = data.Heldout.cut("hellowörld!".encode(), stream, 4, tokenizer.file_mark)
     kept = heldout.targets_NT[heldout.targets_NT != IGNORE]
-    assert heldout.text == "hellowörld!".encode()
     assert bytes(i for i in kept.tolist() if i != data.ByteTokenizer.file_mark) == heldout.text
     assert heldout.ids_NT.flatten()[1 : kept.numel()].tolist() == kept[:-1].tolist()
 

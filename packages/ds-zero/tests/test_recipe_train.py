@@ -141,7 +141,7 @@ def test_low_precision_trains_with_masters(text: Path, tmp_path: Path, dtype: st
         (["--model-size", "7b", "--batch", "1"], "7b: (?s:.*)does not fit(?s:.*)nothing was"),
         (["--switch-ranks", "3"], "--switch-ranks 3 is more than the 1 rank"),
         (["--seq", "20000", "--batch", "1"], "the training text is .* tokens, one window needs 20001"),
-        (["--steps", "2", "--batch", "5000"], "do not fill one global batch of 5000"),
+        (["--steps", "2", "--batch", "500"], "do not fill one global batch of 500"),
     ],
 )
 def test_bad_input_is_one_message_and_exit_code_2(
@@ -157,6 +157,7 @@ def test_bad_input_is_one_message_and_exit_code_2(
 def test_no_text_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(["--data", str(tmp_path / "empty"), "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
     assert "no text in" in capsys.readouterr().err
 
 
@@ -212,9 +213,9 @@ def test_a_slower_phase_shortens_the_run() -> None:
     for step in range(1, 73):
         pace.observe(step, 0.5, ranks)
     pace.new_phase()
-    for step in range(73, 81):
+    for step in range(73, 73 + SETTLE_AFTER):
         pace.observe(step, 1.0, ranks)
-    assert pace.total == 80 + (60 - 36 - 8)
+    assert pace.total == 60 - 36 + 72
     fixed = Pace(120, None, minutes=1.0)
     assert not any(fixed.observe(step, 9.0, ranks) for step in range(1, 20))
     assert fixed.total == 120
@@ -225,6 +226,8 @@ def test_four_ranks_regroup_as_two(rank: int) -> None:
     ranks = Ranks.join(Accelerator.current())
     assert ranks.sum(1.0, float(rank)) == [4.0, 6.0]
     assert ranks.share(lambda: torch.arange(5)).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(KeyError if rank == 0 else ValueError):
+        ranks.share(lambda: {}["nothing"])
     if ranks.regroup(2):
         assert ranks.sum(1.0, float(rank)) == [2.0, 1.0]
     else:

@@ -257,12 +257,11 @@ class Heldout:
     targets_NT: Tensor  # IGNORE where a window is longer than the text
 
     @classmethod
-    def cut(cls, tokenizer: Tokenizer, documents: Sequence[Document], seq: int) -> Heldout:
-        """Every byte of `documents` is predicted once, from at most `seq` tokens before it."""
-        stream_N = token_stream(tokenizer, documents).long()
+    def cut(cls, text: bytes, stream_N: Tensor, seq: int, file_mark: int) -> Heldout:
+        """Every byte of `text` is predicted once, from at most `seq` tokens before it."""
+        stream_N = stream_N.long()
         num_windows = -(-(stream_N.numel() - 1) // seq)
-        ids = torch.full((num_windows * seq,), tokenizer.file_mark)
+        ids = torch.full((num_windows * seq,), file_mark)
         targets = torch.full((num_windows * seq,), IGNORE)
         ids[: stream_N.numel() - 1], targets[: stream_N.numel() - 1] = stream_N[:-1], stream_N[1:]
-        text = "".join(d.text for d in documents).encode()
         return cls(text, ids.view(-1, seq), targets.view(-1, seq))

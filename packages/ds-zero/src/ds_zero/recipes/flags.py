@@ -303,6 +303,8 @@ def _check_ranges(s: Settings) -> None:
         raise ValueError(
             f"--switch-at {s.switch_at}: a share of the steps, 0 (never) up to but not including 1"
         )
+    if s.eval_bytes < 64:
+        raise ValueError(f"--eval-bytes {s.eval_bytes}: give at least 64")
     if s.tokenizer == "bpe" and s.vocab < 257:
         raise ValueError(
             f"--vocab {s.vocab}: byte-level BPE needs at least 257 tokens (256 bytes and a mark)"

@@ -8,7 +8,7 @@ from statistics import median
 from ds_zero.recipes.flags import MAX_AUTO_STEPS
 from ds_zero.recipes.ranks import Ranks
 
-SETTLE_AFTER = 8  # steps of a phase that are timed before the length is chosen
+SETTLE_AFTER = 16  # steps of a phase that are timed before the length is chosen
 _MIN_AUTO_STEPS = 40
 _MAX_WARMUP = 30
 _FLOOR = 0.05

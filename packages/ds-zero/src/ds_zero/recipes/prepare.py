@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ds_core.setup.estimate import DTYPE_BYTES, STAGES, DoesNotFit, Recipe, check_fits, gigabytes
 from ds_zero.recipes.build import Split
@@ -16,7 +17,6 @@ from ds_zero.recipes.data import (
     Heldout,
     Tokenizer,
     Windows,
-    choose_tokenizer,
     read_corpus,
     read_tokenizer,
     token_stream,
@@ -43,27 +43,55 @@ class Text:
 
 
 def prepare_text(settings: Settings, directory: Path, ranks: Ranks) -> Text:
-    """Rank 0 trains the tokenizer, writes it to the run directory and encodes; the others get both.
+    """Rank 0 reads, trains the tokenizer, makes the run directory and encodes; the others get the results.
 
+    The tokenizer goes through a file in the run directory, whole or not at all; tokens through the wire.
     Collective: every rank calls. Raises ValueError where there is no text, or too little.
     """
-    kind, message = choose_tokenizer(settings.tokenizer)
+    file, made = directory / TOKENIZER_FILE, list[_Encoded]()
+
+    def encode() -> Tensor:
+        made.append(_encode(settings, file))
+        return made[0].train_N
+
+    stream_N = ranks.share(encode, torch.int32)
+    heldout_M = ranks.share(lambda: made[0].heldout_M, torch.int32)
+    text = ranks.share(lambda: torch.tensor(list(made[0].heldout_text)), torch.uint8)
+    tokenizer = read_tokenizer(settings.tokenizer, file)
+    windows = Windows(stream_N, settings.seq)
+    heldout = Heldout.cut(text.numpy().tobytes(), heldout_M, settings.seq, tokenizer.file_mark)
+    description = f"{stream_N.numel():,} tokens ({tokenizer.name})" + (made[0].origin if made else "")
+    return Text(tokenizer, windows, heldout, description, made[0].notes if made else ())
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """What rank 0 made of the files."""
+
+    train_N: Tensor
+    heldout_M: Tensor
+    heldout_text: bytes
+    origin: str
+    notes: tuple[str, ...]
+
+
+def _encode(settings: Settings, file: Path) -> _Encoded:
     corpus = read_corpus(settings.data)
-    file = directory / TOKENIZER_FILE
-    if ranks.leads and not (settings.resume and file.exists()):
-        write_tokenizer(kind, corpus, settings.vocab, file)
-    ranks.meet()
-    tokenizer = read_tokenizer(kind, file)
-    stream_N = ranks.share(lambda: token_stream(tokenizer, corpus.train)).to(torch.int32)
-    heldout = Heldout.cut(tokenizer, corpus.heldout_sample(settings.eval_bytes), settings.seq)
-    notes = [message] if message else []
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not (settings.resume and file.exists()):
+        write_tokenizer(settings.tokenizer, corpus, settings.vocab, file)
+    tokenizer = read_tokenizer(settings.tokenizer, file)
+    measured = corpus.heldout_sample(settings.eval_bytes)
+    notes = []
     if corpus.left_out:
         notes.append(f"{corpus.left_out} files beyond the first 64 MiB of text were left out")
-    description = (
-        f"{stream_N.numel():,} tokens ({tokenizer.name}) of {len(corpus.train)} files in {corpus.origin}; "
-        f"{len(corpus.heldout)} files held out"
+    return _Encoded(
+        token_stream(tokenizer, corpus.train),
+        token_stream(tokenizer, measured),
+        "".join(document.text for document in measured).encode(),
+        f" of {len(corpus.train)} files in {corpus.origin}; {len(corpus.heldout)} files held out",
+        tuple(notes),
     )
-    return Text(tokenizer, Windows(stream_N, settings.seq), heldout, description, tuple(notes))
 
 
 def choose_dtype(name: str, ranks: Ranks) -> str:

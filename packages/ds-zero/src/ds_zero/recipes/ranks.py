@@ -43,20 +43,27 @@ class Ranks:
         """True on the one rank that writes files and talks."""
         return self.rank == 0
 
-    def share(self, make: Callable[[], Tensor]) -> Tensor:
+    def share(self, make: Callable[[], Tensor], dtype: torch.dtype = torch.int64) -> Tensor:
         """What `make` returns on rank 0, everywhere, on the CPU; `make` runs on rank 0 only.
 
-        Shapes: [N] any integer dtype -> [N] int64
+        Shapes: [N] -> [N] in `dtype`
         Collective: every rank calls.
+        Raises: what `make` raises, on rank 0; ValueError on the others then.
         """
-        mine = make().to(torch.int64) if self.leads else torch.empty(0, dtype=torch.int64)
         if self.world == 1:
-            return mine
-        numel = torch.tensor([mine.numel()], device=self.accelerator.device)
-        dist.broadcast(numel, 0)
-        payload = torch.empty(int(numel), dtype=torch.int64, device=self.accelerator.device)
-        if self.leads:
-            payload.copy_(mine)
+            return make().to(dtype)
+        device = self.accelerator.device
+        mine: Tensor | None = None
+        numel = torch.tensor([-1], device=device)
+        try:
+            if self.leads:
+                mine = make().to(dtype)
+                numel.fill_(mine.numel())
+        finally:
+            dist.broadcast(numel, 0)
+        if int(numel) < 0:
+            raise ValueError("rank 0 could not go on; its message says why")
+        payload = torch.empty(int(numel), dtype=dtype, device=device) if mine is None else mine.to(device)
         dist.broadcast(payload, 0)
         return payload.cpu()
 

@@ -15,6 +15,7 @@ import torch
 
 from ds_core import Accelerator
 from ds_zero.recipes.build import Split, split_batch
+from ds_zero.recipes.data import ByteTokenizer, choose_tokenizer
 from ds_zero.recipes.evaluate import compressor_bits
 from ds_zero.recipes.flags import Settings, parse, write_run
 from ds_zero.recipes.from_config import with_config
@@ -104,8 +105,12 @@ def prepare_run(settings: Settings, saved: Mapping[str, Any] | None, ranks: Rank
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(int(now)))
     directory = settings.resume or settings.out or Path("runs") / f"train_gpt-{stamp}"
     progress = Progress(show=ranks.leads, plain=settings.plain)
-    refuse_if_too_big(settings, model_config(settings, settings.vocab), split, settings.stage, ranks)
-    directory.mkdir(parents=True, exist_ok=True)
+    kind, message = choose_tokenizer(settings.tokenizer)
+    settings = replace(settings, tokenizer=kind)
+    if message:
+        progress.say(message)
+    vocab = ByteTokenizer.vocab if kind == "bytes" else settings.vocab
+    refuse_if_too_big(settings, model_config(settings, vocab), split, settings.stage, ranks)
     text = prepare_text(settings, directory, ranks)
     config = model_config(settings, text.tokenizer.vocab)
     saved = saved or {}
