@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from ds_core.ground.ticket import Ticket, Waitable
 
-_SUM_BLOCK = 1 << 16  # elements summed at a time: two fp32 blocks of it stay in a core's own cache
+_SUM_BLOCK = 1 << 18  # elements summed at a time: three fp32 blocks of it stay in cache
 _PROBE_FROM_BYTES = 1 << 20  # smaller messages are not worth choosing a route for
 _PROBE_ROUNDS = 3
 
