@@ -36,7 +36,6 @@ SYNCS = {
     "dcp_async_cached": "as dcp; staging memory kept between saves",
     "deepspeed_z3": "nothing; no hash",
     "deepspeed_z3_fsync": "as deepspeed_z3, then every file fsynced by the rank that wrote it",
-    "deepspeed_z1": "nothing; no hash",
 }
 WORLD, STEP_S = 2, 1.0
 
@@ -63,6 +62,7 @@ class State:
         import torch
 
         self.rank, self.sizes = rank, sizes
+        self.kept: dict[str, Any] = {}  # what contenders share: staging memory, an engine
         self.halves = {
             kind: {
                 name: torch.full((shape[0] // WORLD, *shape[1:]), 1.5 + rank) for name, shape in sizes.items()
@@ -113,7 +113,7 @@ class Ours:
                 half = state.halves[moment][name].view(-1)
                 self._parts[part].shapes[key] = torch_size(shape)
                 self._parts[part].held[key] = FlatShard(half, torch_size(shape), state.rank * half.numel())
-        self._make, self._block, self._store, self._staging = CheckpointStore, block, None, None
+        self._make, self._block, self._store, self._kept = CheckpointStore, block, None, state.kept
 
     def save(self, path: Path) -> None:
         self._store.save(1, self._parts, block=self._block)
@@ -121,10 +121,9 @@ class Ours:
     def ready(self, path: Path) -> None:
         """A run has one store; here every save has its own directory, so staging moves along."""
         self._store = self._make(path)
-        if self._staging is None and not self._block:
+        if not self._block:
+            self._store._staging = self._kept.setdefault("staging", self._store._staging)
             self._store.reserve(self._parts)
-        self._staging = self._staging or self._store._staging
-        self._store._staging = self._staging
 
     def step(self) -> None:
         """Where the optimizer would write: what it waits for the snapshot."""
@@ -182,26 +181,13 @@ class Dcp:
 
 
 class DeepSpeed:
-    """deepspeed's engine.save_checkpoint in fp32 (12 bytes per parameter)."""
+    """deepspeed's engine.save_checkpoint at stage 3 in fp32 (12 bytes per parameter)."""
 
-    def __init__(self, state: State, *, stage: int, sync: bool = False) -> None:
-        import deepspeed
-        import torch
-
-        model = torch.nn.ParameterDict(
-            {
-                name.replace(".", "_"): torch.nn.Parameter(torch.full(shape, 1.5))
-                for name, shape in state.sizes.items()
-            }
-        )
-        config = {"train_batch_size": WORLD, "zero_optimization": {"stage": stage}}
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        self._engine, *_ = deepspeed.initialize(
-            model=Summed(model), optimizer=optimizer, config={**config, "zero_allow_untested_optimizer": True}
-        )
-        self._engine.backward(self._engine())
-        self._engine.step()
-        self._sync, self._rank = sync, state.rank
+    def __init__(self, state: State, *, sync: bool = False) -> None:
+        state.kept.setdefault("deepspeed", None)
+        if state.kept["deepspeed"] is None:
+            state.kept["deepspeed"] = deepspeed_engine(state)
+        self._engine, self._sync, self._rank = state.kept["deepspeed"], sync, state.rank
 
     def save(self, path: Path) -> None:
         self._engine.save_checkpoint(str(path), tag="1")
@@ -219,28 +205,36 @@ class DeepSpeed:
         self._engine.load_checkpoint(str(path), tag="1")
 
 
-def Summed(model: Any) -> Any:
-    """A module whose loss touches every parameter once."""
+def deepspeed_engine(state: State) -> Any:
+    """An engine that has made one step, so that its optimizer has state."""
+    import deepspeed
     import torch
 
     class Sum(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = model
+            weights = {name: torch.full(shape, 1.5) for name, shape in state.sizes.items()}
+            self.weights = torch.nn.ParameterList(map(torch.nn.Parameter, weights.values()))
 
         def forward(self) -> Any:
-            return sum(parameter.sum() for parameter in self.inner.values()) * 1e-6
+            return sum(weight.sum() for weight in self.weights) * 1e-6
 
-    return Sum()
+    model = Sum()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    config = {"train_batch_size": WORLD, "zero_optimization": {"stage": 3}}
+    config["zero_allow_untested_optimizer"] = True
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    engine.backward(engine())
+    engine.step()
+    return engine
 
 
 CONTENDERS: dict[str, Callable[..., Any]] = {
     "write_fsync": Plain,
     "ds_core": lambda state: Ours(state, block=True, steady=True),
     "dcp": lambda state: Dcp(state, stager=None),
-    "deepspeed_z3": lambda state: DeepSpeed(state, stage=3),
-    "deepspeed_z3_fsync": lambda state: DeepSpeed(state, stage=3, sync=True),
-    "deepspeed_z1": lambda state: DeepSpeed(state, stage=1),
+    "deepspeed_z3": lambda state: DeepSpeed(state),
+    "deepspeed_z3_fsync": lambda state: DeepSpeed(state, sync=True),
     "ds_core_async": lambda state: Ours(state, block=False, steady=True),
     "dcp_async": lambda state: Dcp(state, stager="default"),
     "dcp_async_cached": lambda state: Dcp(state, stager="cached"),
@@ -298,7 +292,8 @@ def run_rank(arguments: argparse.Namespace) -> None:
     kept: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for turn in range(-1, arguments.rounds):  # round -1 warms up: memory, caches, plans
-        for name in arguments.contenders:
+        at = turn % len(arguments.contenders)
+        for name in arguments.contenders[at:] + arguments.contenders[:at]:  # no one always follows another
             contender = kept.get(name) or CONTENDERS[name](state)
             kept[name] = contender
             target = folder / f"{name}-{turn}"
@@ -316,7 +311,6 @@ def run_rank(arguments: argparse.Namespace) -> None:
                 if turn >= 0:
                     rows[-1]["bytes"] = size
                 shutil.rmtree(target)
-                os.sync()
             gc.collect()
             dist.barrier()
     if rank == 0:
@@ -346,7 +340,7 @@ def verdicts(summary: dict[str, dict[str, list[float]]]) -> dict[str, bool]:
     def median(name: str, key: str) -> float:
         return summary[name][key][1] if name in summary else float("inf")
 
-    peers = [name for name in ("dcp", "deepspeed_z3", "deepspeed_z1") if name in summary]
+    peers = [name for name in ("dcp", "deepspeed_z3", "deepspeed_z3_fsync") if name in summary]
     found = {}
     if "ds_core_async" in summary:
         limit = max(0.1, 0.5 * min(median("dcp_async", "pause_s"), median("dcp_async_cached", "pause_s")))
