@@ -1,10 +1,10 @@
 """Each package alone, installed from its wheel: what comes with it, and how quiet and quick its import is."""
 
 import re
+import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import zipfile
 from collections.abc import Callable
 from importlib.metadata import Distribution, distributions
@@ -79,8 +79,7 @@ def test_wheel_holds_the_package_and_nothing_else(package: str):
 def test_wheel_from_sdist_is_the_same_bytes(tmp_path: Path, package: str):
     """Builds are reproducible, and the sdist lacks nothing the wheel has."""
     stem = package.replace("-", "_")
-    with tarfile.open(next(DIST.glob(f"{stem}-*.tar.gz"))) as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(next(DIST.glob(f"{stem}-*.tar.gz")), tmp_path)  # tarfile's filter: not in 3.11.0-3
     source = next(tmp_path.glob(f"{stem}-*"))
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=120)
