@@ -52,9 +52,9 @@ def test_report_files_hold_what_the_terminal_shows(tmp_path: Path) -> None:
     text = write_report(a_record(), facts(), tmp_path)
     written = (tmp_path / "report.md").read_text(encoding="utf-8")
     values = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert "2 x 10,000,000 / 2" in written
     for part in (
         "stage 3 on 2 rank(s)",
-        "2 x 10,000,000 / 2",
         "better than zlib -9",
         "2 rank(s), stage 3 -> 1 rank(s), stage 1",
         "within the 0.001",

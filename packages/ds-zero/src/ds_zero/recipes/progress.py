@@ -55,9 +55,12 @@ class Progress:
         if not self._show:
             return
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(text, file=self._stream, flush=True)
+            # A loss curve in Braille must not end a run whose terminal speaks Latin-1.
+            encoding = self._stream.encoding or "utf-8"
+            self._stream.write(text.encode(encoding, "replace").decode(encoding) + "\n")
+            self._stream.flush()
 
     def step(self, step: int, total: int | None, loss: float, tokens_per_s: float, phase: str) -> None:
         """One optimizer step is done; `total` is None until the run knows its length."""

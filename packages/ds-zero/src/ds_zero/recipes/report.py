@@ -33,27 +33,32 @@ class Facts:
 
 def write_report(record: Record, facts: Facts, directory: Path) -> str:
     """Write report.md, report.json and loss.png into `directory`; returns the text for the terminal."""
-    why_not = (
-        png_plot(record.losses, _marks(record.phases), directory / "loss.png") if record.losses else None
-    )
+    why_not = "no steps, no picture"
+    if record.losses:
+        why_not = png_plot(record.losses, _marks(record.phases), directory / "loss.png") or ""
     notes = [*facts.notes, *([why_not] if why_not else [])]
+    picture = "" if why_not else "\n![loss](loss.png)\n"
+    text = f"# train_gpt\n\n{_body(record, facts, notes, formulas=True)}\n{picture}"
+    (directory / "report.md").write_text(text, encoding="utf-8")
+    (directory / "report.json").write_text(json.dumps(_as_json(record, facts), indent=1), encoding="utf-8")
+    return _body(record, facts, notes, formulas=False) + f"\n\nmore in {directory / 'report.md'}"
+
+
+def _body(record: Record, facts: Facts, notes: Sequence[str], *, formulas: bool) -> str:
+    """All sections; with `formulas` the tables say what the formulas were, too wide for most terminals."""
     curve = terminal_plot(smooth(record.losses, 5), title="loss, nats per token")
     sections = [
         ("Run", "\n".join(f"- {line}" for line in _run_lines(record, facts))),
         ("Loss", f"```\n{curve}\n```"),
         ("Held-out text", _heldout(record, facts)),
         ("Resume", _resume(record)),
-        ("Bytes per rank", _cells(record.phases, "bytes_per_rank")),
-        ("Bytes sent per rank and step", _cells(record.phases, "sent_per_step")),
+        ("Bytes per rank", _cells(record.phases, "bytes_per_rank", formulas)),
+        ("Bytes sent per rank and step", _cells(record.phases, "sent_per_step", formulas)),
         ("Sample", f"```\n{facts.sample[0]}⟶{facts.sample[1]}\n```"),
     ]
     if notes:
         sections.append(("Notes", "\n".join(f"- {note}" for note in notes)))
-    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections)
-    picture = "" if why_not else "\n\n![loss](loss.png)"
-    (directory / "report.md").write_text(f"# train_gpt\n\n{body}{picture}\n", encoding="utf-8")
-    (directory / "report.json").write_text(json.dumps(_as_json(record, facts), indent=1), encoding="utf-8")
-    return f"{body}\n\nwritten: {', '.join(str(p) for p in sorted(directory.glob('*')) if p.is_file())}"
+    return "\n\n".join(f"## {title}\n\n{text}" for title, text in sections)
 
 
 def resume_difference(phase: Phase) -> float | None:
@@ -116,25 +121,16 @@ def _resume(record: Record) -> str:
     return "\n".join(lines) or "This run was not resumed."
 
 
-def _cells(phases: Sequence[Phase], which: str) -> str:
-    rows: list[tuple[str, ...]] = []
+def _cells(phases: Sequence[Phase], which: str, formulas: bool) -> str:
+    head = ["stage", "ranks", "of", "measured", "formula", "ratio", *(["how"] if formulas else [])]
+    rows: list[list[str]] = []
     for p in phases:
         cells: Mapping[str, Measured] = getattr(p, which)
         for name, cell in cells.items():
-            share = f"{cell.measured / cell.formula:.3f}" if cell.formula else "-"
-            rows.append(
-                (
-                    f"stage {p.stage}, {p.ranks} rank(s)",
-                    name,
-                    f"{cell.measured:,.0f}",
-                    f"{cell.formula:,.0f}",
-                    share,
-                    cell.how,
-                )
-            )
-    if not rows:
-        return "Not measured in this run."
-    return _table(("", "of", "measured", "formula", "ratio", "how"), rows)
+            ratio = f"{cell.measured / cell.formula:.3f}" if cell.formula else "-"
+            row = [str(p.stage), str(p.ranks), name, f"{cell.measured:,.0f}", f"{cell.formula:,.0f}", ratio]
+            rows.append([*row, cell.how] if formulas else row)
+    return _table(head, rows) if rows else "Not measured in this run."
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -70,9 +70,7 @@ def train(argv: Sequence[str] | None) -> int:
         run = prepare_run(settings, saved, ranks, split)
         with run.progress:
             runner = run_phases(run, split, switch)
-            if runner is None:
-                return 0
-            return finish(runner, time.monotonic() - began)
+        return finish(runner, began) if runner else 0
     finally:
         ranks.leave()
 
@@ -161,7 +159,7 @@ def run_phases(run: Run, split: Split, switch: Switch | None) -> PhaseRunner | N
     return runner
 
 
-def finish(runner: PhaseRunner, seconds: float) -> int:
+def finish(runner: PhaseRunner, began: float) -> int:
     """Sample, write the report, show it. Collective: sampling runs the model on every rank."""
     run = runner.run
     prompt = prompt_of(run.text.heldout)
@@ -175,7 +173,7 @@ def finish(runner: PhaseRunner, seconds: float) -> int:
         compressors=compressor_bits(run.text.heldout.text),
         sample=(run.text.tokenizer.decode(prompt), run.text.tokenizer.decode(new)),
         settings=run.settings.as_json(),
-        seconds=seconds,
+        seconds=time.monotonic() - began,
         notes=run.text.notes,
     )
     run.progress.say(write_report(run.record, facts, run.directory))
