@@ -106,3 +106,12 @@ def test_bad_input_ends_all_ranks_with_one_message(tmp_path: Path, argv: list[st
     assert 1 <= done.stderr.count(f"train_gpt: error: {message}") <= 2, done.stderr
     assert "[rank 1]" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_half_of_four_ranks_finish_the_run(tmp_path: Path) -> None:
+    done = train(tmp_path, "--steps", "4", "--batch", "1", "--switch-stage", "2", "--out", "run", ranks=4)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = report_of(tmp_path / "run")
+    layout = [(p["ranks"], p["stage"], p["accumulate"]) for p in report["phases"]]
+    assert layout == [(4, 3, 1), (2, 2, 2)]
+    assert report["resume_relative_difference"][1] <= 1e-5
