@@ -188,6 +188,19 @@ def _load_then_poison(self: train_gpt.PhaseRunner) -> float | None:
     return None
 
 
+def test_a_damaged_checkpoint_is_refused_and_kept(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(text, tmp_path, "--stop-after", "2", "--keep", "1", steps=4)
+    shard = max((tmp_path / "checkpoints").rglob("*.safetensors"), key=lambda file: file.stat().st_size)
+    healthy = shard.read_bytes()
+    shard.write_bytes(healthy[:-1] + bytes([healthy[-1] ^ 1]))
+    assert main(["--resume", str(tmp_path)]) == 2
+    assert shard.name in capsys.readouterr().err
+    shard.write_bytes(healthy)
+    assert main(["--resume", str(tmp_path)]) == 0
+
+
 def test_global_batch_is_kept_or_the_equation_shown() -> None:
     assert Split(4, 1, 2).over(1) == Split(4, 2, 1)
     assert split_batch(24, 2, 3) == Split(2, 4, 3)

@@ -152,7 +152,8 @@ def run_phases(run: Run, split: Split, switch: Switch | None) -> PhaseRunner | N
     gc.collect()
     if not run.ranks.regroup(switch.split.world):
         return None
-    if run.ranks.accelerator.is_cpu:
+    # Threads for the cores that became free, unless they would wait by spinning (not under `ds launch`).
+    if run.ranks.accelerator.is_cpu and os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE":
         torch.set_num_threads(torch.get_num_threads() * split.world // switch.split.world)
     runner = PhaseRunner(run, switch.split, switch.stage, resume=True, end=lambda total: total)
     runner.train()
