@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,8 +20,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ds_core.state import checkpoint_commit as commit
 from ds_core.state.checkpoint import CheckpointStore
 from ds_core.state.checkpoint_index import SaveError
+from ds_core.state.checkpoint_job import SaveHandle, SaveJob
+from ds_core.state.checkpoint_plan import collect, plan_writes
 from ds_core.testing.parts import CutPart, SteadyPart
 
 SHAPES = {"w": (512, 700), "b": (777,), "e": (300, 41, 3)}
@@ -160,6 +164,15 @@ def ends(folder: str, how: str) -> None:
         sys.exit(3)
 
 
+def alone(folder: str) -> None:
+    """Rank 0 of a world of two ends while its save waits for a rank that is dead."""
+    commit._EXIT_GRACE_S = 0.5
+    mine = collect(parts(0, 1, 1), None)
+    commit.begin(Path(folder), 1, 7)
+    job = SaveJob(Path(folder), 1, 7, 0, 2, [], mine.values, plan_writes([mine.held]), None, 600.0)
+    threading.Thread(target=job.run, args=(SaveHandle(Path(folder)),), daemon=False).start()
+
+
 def memory(folder: str, mega: str) -> None:
     """Peak host memory above the state itself, of a save and of loads into other cuts and dtypes."""
     torch.set_num_threads(1)
@@ -201,5 +214,5 @@ def resident(key: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    PROGRAMS = {f.__name__: f for f in (killed, limited, small_disk, ends, memory)}
+    PROGRAMS = {f.__name__: f for f in (killed, limited, small_disk, ends, alone, memory)}
     PROGRAMS[sys.argv[1]](*sys.argv[2:])

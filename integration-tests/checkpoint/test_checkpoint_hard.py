@@ -82,6 +82,13 @@ def test_a_failed_save_at_the_end_is_still_said(tmp_path: Path):
     assert CheckpointStore(tmp_path).steps() == []
 
 
+def test_a_program_that_ends_does_not_wait_long_for_dead_ranks(tmp_path: Path):
+    done = program("alone", tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "ranks [1] handed in nothing" in done.stderr
+    assert CheckpointStore(tmp_path).steps() == []
+
+
 @pytest.mark.slow
 def test_memory_beyond_the_state_is_bounded(tmp_path: Path):
     done = program("memory", tmp_path, 1024)

@@ -1,6 +1,5 @@
 """`ds checkpoint`: listing, verifying and exporting, their exit codes and JSON."""
 
-import argparse
 import json
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_core.cli.checkpoint import add_parser
+from ds_core.cli.main import main
 from ds_core.state.checkpoint import CheckpointStore
 from ds_core.state.export import export_hf, parse_bytes, plan_shards
 from ds_core.testing.parts import CutPart, pattern
@@ -17,10 +16,7 @@ SHAPES = {"embed.weight": (20, 8), "blocks.0.w": (8, 8), "norm": (8,)}
 
 
 def ds(*words: object) -> int:
-    parser = argparse.ArgumentParser()
-    add_parser(parser.add_subparsers())
-    arguments = parser.parse_args(["checkpoint", *map(str, words)])
-    return int(arguments.func(arguments))
+    return main(["checkpoint", *map(str, words)])
 
 
 @pytest.fixture

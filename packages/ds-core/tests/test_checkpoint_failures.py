@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ds_core.state import checkpoint_commit, checkpoint_writer
@@ -225,6 +226,17 @@ def test_a_rank_that_dies_or_shares_no_directory_is_named(tmp_path: Path, rank: 
     with pytest.raises(SaveError, match=r"ranks \[1\] handed in nothing.*alive"):
         shared.save(2, {"m": part})
     assert shared.steps() == []
+
+
+@distributed(world_size=2)
+def test_a_save_on_one_rank_only_is_an_error_and_not_a_hang(tmp_path: Path, rank: int, world: int):
+    if rank == 0:
+        with pytest.raises(SaveError, match=r"waited 0.5 s in saving step 1 .*every rank must call it"):
+            CheckpointStore(tmp_path, timeout_s=0.5).save(1, {"m": CutPart({"w": (4,)}, seed=1)})
+    (tmp_path / f"here{rank}").touch()
+    while len(list(tmp_path.glob("here*"))) < world:
+        time.sleep(0.01)
+    dist.destroy_process_group()  # gloo cannot go on after a timeout
 
 
 def test_without_an_atomic_exchange_a_step_is_still_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ from ds_core.state.checkpoint_peers import Peers
 from ds_core.state.checkpoint_plan import Collected, WritePlan, collect, parse_held, plan_writes
 from ds_core.state.checkpoint_reader import load_parts
 from ds_core.state.checkpoint_staging import Snapshot, Staging
-from ds_core.state.shard import FlatShard, Json, Saveable
+from ds_core.state.shard import AnnouncesChange, FlatShard, Json, Saveable
 
 
 class CheckpointStore:
@@ -59,7 +59,7 @@ class CheckpointStore:
         Collective: all ranks call it with the same step.
         Raises: ValueError before anything is written; SaveError, also that of an earlier save.
         """
-        peers = Peers(self._group)
+        peers = Peers(self._group, self._timeout_s)
         nonce, mine, error = secrets.randbits(63), None, None
         try:
             self.wait()
@@ -71,7 +71,7 @@ class CheckpointStore:
         text = mine.describe() if mine is not None else ""
         digest = hashlib.sha256(text.encode()).digest()
         halves = [int.from_bytes(digest[i : i + 8], "little", signed=True) for i in (0, 8)]
-        rows = peers.agree([step, nonce, *halves], error, f"saving step {step}")
+        rows = peers.agree([step, nonce, *halves], error, f"saving step {step}", entering=True)
         if len({row[0] for row in rows}) > 1:
             raise ValueError(f"ranks save different steps, by rank: {[row[0] for row in rows]}")
         assert mine is not None
@@ -113,13 +113,12 @@ class CheckpointStore:
 
     def _snapshot(self, job: SaveJob, parts: Mapping[str, Saveable]) -> SaveJob:
         # See [Note: what may still change]
-        hooks = {name: getattr(part, "before_next_change", None) for name, part in parts.items()}
+        steady = {name: part for name, part in parts.items() if isinstance(part, AnnouncesChange)}
         sources = [owned.memory for owned in job.owned]
         copies = self._staging.views(sources)
-        snapshot = Snapshot(sources, copies, [hooks[owned.part] is not None for owned in job.owned])
-        for hook in hooks.values():
-            if hook is not None:
-                hook(snapshot.wait_late)
+        snapshot = Snapshot(sources, copies, [owned.part in steady for owned in job.owned])
+        for part in steady.values():
+            part.before_next_change(snapshot.wait_late)
         snapshot.copy_now()
         owned = [replace(owned, memory=copy) for owned, copy in zip(job.owned, copies, strict=True)]
         return replace(job, owned=owned, snapshot=snapshot)
@@ -142,12 +141,12 @@ class CheckpointStore:
         Raises: LookupError if there is no such step or part, DamagedCheckpoint, ValueError from a part.
         """
         self.wait()
-        peers, error, chosen = Peers(self._group), None, -1
+        peers, error, chosen = Peers(self._group, self._timeout_s), None, -1
         try:
             chosen = self._choose(step)
         except Exception as caught:
             error = caught
-        chosen = peers.agree([chosen], error, "loading")[0][0]
+        chosen = peers.agree([chosen], error, "loading", entering=True)[0][0]
         return load_parts(self.path(chosen), parts, peers, strong=verify)
 
     def _choose(self, step: int | Literal["latest"]) -> int:
@@ -176,7 +175,7 @@ class CheckpointStore:
 
         Collective: all ranks call it.
         """
-        peers = Peers(self._group)
+        peers = Peers(self._group, self._timeout_s)
         mine = collect(parts, None)
         held = [parse_held(each) for each in peers.gather_text(mine.describe())]
         self._staging.reserve([owned.memory for owned in _owned(mine, plan_writes(held), peers.rank)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,8 +17,8 @@ from ds_core.state.checkpoint_index import SaveError
 class Peers:
     """The ranks that share a checkpoint; one process alone when torch.distributed is not initialised."""
 
-    def __init__(self, group: ProcessGroup | None = None) -> None:
-        self._group = group
+    def __init__(self, group: ProcessGroup | None = None, timeout_s: float = 600.0) -> None:
+        self._group, self._timeout_s = group, timeout_s
         joined = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if joined else 0
         self.world = dist.get_world_size(group) if joined else 1
@@ -24,8 +26,12 @@ class Peers:
         if joined and "gloo" not in str(dist.get_backend(group)):
             self._device = torch.device(str(torch.accelerator.current_accelerator()))
 
-    def agree(self, numbers: Sequence[int], error: Exception | None, doing: str) -> list[list[int]]:
+    def agree(
+        self, numbers: Sequence[int], error: Exception | None, doing: str, *, entering: bool = False
+    ) -> list[list[int]]:
         """Every rank's numbers, by rank; if any rank comes with an error, all ranks raise.
+
+        `entering`: ranks come here from training, where one may never come, so the wait is bounded.
 
         Collective: over the group.
         Raises: `error` itself where it happened, SaveError naming that rank elsewhere.
@@ -35,7 +41,8 @@ class Peers:
                 raise error
             return [list(numbers)]
         row = torch.tensor([int(error is not None), *numbers], dtype=torch.int64, device=self._device)
-        rows = [values.tolist() for values in self._gather(row)]
+        late = f"waited {self._timeout_s:g} s in {doing} for other ranks; every rank must call it"
+        rows = [values.tolist() for values in self._gather(row, late if entering else None)]
         if any(values[0] for values in rows):
             texts = self.gather_text("" if error is None else f"{type(error).__name__}: {error}")
             if error is not None:
@@ -60,7 +67,18 @@ class Peers:
             bytes(values[:size].tolist()).decode().strip() for values, size in zip(found, sizes, strict=True)
         ]
 
-    def _gather(self, row: Tensor) -> list[Tensor]:
+    def _gather(self, row: Tensor, late: str | None = None) -> list[Tensor]:
+        """`late` is what to raise when others do not come in time; None waits as long as the group does."""
         out = [torch.empty_like(row) for _ in range(self.world)]
-        dist.all_gather(out, row, group=self._group)
+        work = dist.all_gather(out, row, group=self._group, async_op=True)
+        start = time.monotonic()
+        try:
+            if late is None:
+                work.wait()
+            else:
+                work.wait(timedelta(seconds=self._timeout_s))
+        except RuntimeError as error:
+            if late is None or time.monotonic() - start < self._timeout_s:
+                raise
+            raise SaveError(late, rank=self.rank) from error
         return out
