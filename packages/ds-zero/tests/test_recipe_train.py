@@ -74,6 +74,23 @@ def test_one_rank_becomes_two(text: Path, tmp_path: Path) -> None:
     assert report["resume_relative_difference"][1] <= 1e-6
 
 
+def test_resuming_cannot_change_the_global_batch(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(text, tmp_path, "--batch", "2", "--stop-after", "1")
+    assert main(["--resume", str(tmp_path), "--batch", "1", "--accumulate", "4"]) == 2
+    assert "is a global batch of 4" in capsys.readouterr().err
+    assert main(["--resume", str(tmp_path), "--batch", "1", "--stop-after", "2"]) == 0
+    assert main(["--resume", str(tmp_path), "--stop-after", "2"]) == 2
+    assert "the run has done 2 steps already" in capsys.readouterr().err
+
+
+def test_stop_before_the_length_is_chosen(text: Path, tmp_path: Path) -> None:
+    argv = [*SMALL, "--data", str(text), "--out", str(tmp_path), "--stop-after", "2"]
+    assert main(argv) == 0
+    assert [step for step, _ in json.loads((tmp_path / "report.json").read_text())["losses"]] == [1, 2]
+
+
 def resume_on_two(rank: int, directory: Path) -> None:
     assert main(["--resume", str(directory), "--batch", "1", "--stage", "2"]) == 0
 

@@ -30,7 +30,7 @@ class Settings:
     model_size: str = "10m"
     tied: bool = False
     steps: int | None = None
-    minutes: float = 3.0
+    minutes: float = 3.5
     batch: int = 4
     accumulate: int = 1
     seq: int = 256

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ds_core import CheckpointStore, SaveHandle
+from ds_core import CheckpointStore
 from ds_zero.recipes.build import Job, Split, build_job
 from ds_zero.recipes.evaluate import bits, heldout_nats
 from ds_zero.recipes.flags import Settings, write_run
@@ -98,11 +98,11 @@ class PhaseRunner:
         Collective. Raises ValueError when there is nothing left to train.
         """
         run = self.run
-        if run.pace.total is not None and self.step >= self._end(run.pace.total):
+        if self._done():
             raise ValueError(f"the run has done {self.step} steps already: give more --steps to go on")
         run.pace.new_phase()
         batches = self.job.batches(run.ranks.accelerator.device)
-        while run.pace.total is None or self.step < self._end(run.pace.total):
+        while not self._done():
             began = time.perf_counter()
             loss = self._one_step(batches, measure=self._measures_now())
             seconds = time.perf_counter() - began
@@ -117,6 +117,12 @@ class PhaseRunner:
         run.progress.say(
             f"step {self.step} saved: held-out {bits(self.phase.heldout_at_save):.6f} bits per byte"
         )
+
+    def _done(self) -> bool:
+        total, stop = self.run.pace.total, self.run.settings.stop_after
+        if total is None:  # not chosen yet
+            return stop is not None and self.step >= stop
+        return self.step >= self._end(total)
 
     def _one_step(self, batches: Any, *, measure: bool) -> float:
         engine, peak, report = self.job.engine, dict[str, int](), None
@@ -135,12 +141,10 @@ class PhaseRunner:
         return self.run.ranks.sum(report.loss)[0] / self.split.world
 
     def _note(self, loss: float, seconds: float) -> None:
-        phase, tokens = self.phase, self.split.global_batch * self.run.config.seq
-        phase.last_step, phase.seconds, phase.tokens = (
-            self.step,
-            phase.seconds + seconds,
-            phase.tokens + tokens,
-        )
+        tokens = self.split.global_batch * self.run.config.seq
+        self.phase.last_step = self.step
+        self.phase.seconds += seconds
+        self.phase.tokens += tokens
         self.run.record.losses.append((self.step, loss))
         self.run.progress.step(self.step, self.run.pace.total, loss, tokens / seconds, self.label)
 
@@ -188,9 +192,9 @@ class PhaseRunner:
         total, every = self.run.pace.total, self.run.settings.save_every
         if every is None:
             every = 0 if total is None else max(1, total // 4)
-        return every > 0 and self.step % every == 0 and (total is None or self.step < self._end(total))
+        return every > 0 and self.step % every == 0 and not self._done()
 
-    def _save(self, heldout: float | None) -> SaveHandle:
+    def _save(self, heldout: float | None) -> None:
         """Save in the background; training goes on meanwhile. Collective."""
         user = {"step": self.step, "heldout": heldout, "record": self.run.record.as_json()}
-        return self.store.save(self.step, self.job.parts, user=user, block=False)
+        self.store.save(self.step, self.job.parts, user=user, block=False)

@@ -116,14 +116,17 @@ def _prefers_bfloat16(device: torch.device) -> bool:
     return times[torch.bfloat16] < _WORTH_IT * times[torch.float32]
 
 
-def refuse_if_too_big(settings: Settings, config: GPTConfig, split: Split, stage: int, ranks: Ranks) -> None:
+def refuse_if_too_big(
+    settings: Settings, config: GPTConfig, split: Split, stage: int, ranks: Ranks, *, when: str = ""
+) -> None:
     """Compare an estimate with the memory there is, before anything is allocated.
 
     Raises: DoesNotFit (a ValueError) with the estimate for every stage.
     """
     with torch.device("meta"):
         model = GPT(config)
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", split.world)) if ranks.accelerator.is_cpu else 1
+    local = min(split.world, int(os.environ.get("LOCAL_WORLD_SIZE", split.world)))
+    sharing = local if ranks.accelerator.is_cpu else 1
     activations = activation_bytes(config, split.batch, DTYPE_BYTES[settings.dtype])
     free = ranks.accelerator.free_bytes() / sharing
     largest = max(config.vocab * config.dim, sum(p.numel() for p in model.layers[0].parameters()))
@@ -138,8 +141,8 @@ def refuse_if_too_big(settings: Settings, config: GPTConfig, split: Split, stage
         )
     except DoesNotFit as error:
         raise DoesNotFit(
-            f"--model-size {settings.model_size}: {error}\nof {gigabytes(free)} free here for each rank, "
-            f"activations of {split.batch} x {config.seq} tokens take about {gigabytes(activations)}; "
+            f"--model-size {settings.model_size}: {when}{error}\nof {gigabytes(free)} free here for each "
+            f"rank, activations of {split.batch} x {config.seq} tokens take about {gigabytes(activations)}; "
             "nothing was allocated"
         ) from None
 

@@ -17,7 +17,7 @@ from ds_core import Accelerator
 from ds_zero.recipes.build import Split, split_batch
 from ds_zero.recipes.data import ByteTokenizer, choose_tokenizer
 from ds_zero.recipes.evaluate import compressor_bits
-from ds_zero.recipes.flags import Settings, parse, write_run
+from ds_zero.recipes.flags import Parsed, Settings, parse, write_run
 from ds_zero.recipes.from_config import with_config
 from ds_zero.recipes.model import GPTConfig, count_parameters, gpt_config, sample
 from ds_zero.recipes.pace import Pace
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return train(argv)
     except USER_ERRORS as error:
+        if isinstance(error, KeyError | IndexError):
+            raise  # nothing that a user gave: a fault of ours, with its traceback
         rank = int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(_LET_RANK_0_SPEAK_S)
@@ -58,34 +60,39 @@ def train(argv: Sequence[str] | None) -> int:
     """Everything between the command line and the exit code. Collective over the launcher's ranks."""
     began = time.monotonic()
     parsed = parse(argv)
-    settings, saved = parsed.settings, parsed.saved
+    settings = parsed.settings
     if settings.device is not None:
         os.environ["DS_ACCELERATOR"] = settings.device
     ranks = Ranks.join(Accelerator.current())
-    try:
-        settings = with_config(settings, parsed.typed, ranks.world)
-        settings = replace(settings, dtype=choose_dtype(settings.dtype, ranks))
-        split = first_split(settings, saved, ranks.world)
-        switch = plan_switch(settings, split)
-        run = prepare_run(settings, saved, ranks, split)
-        with run.progress:
-            runner = run_phases(run, split, switch)
-        return finish(runner, began) if runner else 0
-    finally:
-        ranks.leave()
+    settings = with_config(settings, parsed.typed, ranks.world)
+    settings = replace(settings, dtype=choose_dtype(settings.dtype, ranks))
+    split = first_split(parsed, settings, ranks.world)
+    switch = plan_switch(settings, split)
+    run = prepare_run(settings, parsed.saved or {}, ranks, split, switch)
+    with run.progress:
+        runner = run_phases(run, split, switch)
+    code = finish(runner, began) if runner else 0
+    ranks.leave()  # not after an error: that must not wait for the other ranks
+    return code
 
 
-def first_split(settings: Settings, saved: Mapping[str, Any] | None, world: int) -> Split:
+def first_split(parsed: Parsed, settings: Settings, world: int) -> Split:
     """Batch and accumulation as the flags say; a resumed run keeps its global batch at any world size."""
     given = Split(settings.batch, settings.accumulate, world)
-    if saved is None or given.global_batch == saved["global_batch"]:
+    kept = given.global_batch if parsed.saved is None else int(parsed.saved["global_batch"])
+    if kept == given.global_batch:
         return given
-    return split_batch(int(saved["global_batch"]), settings.batch, world)
+    if "accumulate" in parsed.typed:
+        raise ValueError(
+            f"--accumulate {given.accumulate} x --batch {given.batch} x {world} ranks is a global batch of "
+            f"{given.global_batch}, {settings.resume} was trained with {kept}: leave --accumulate out"
+        )
+    return split_batch(kept, given.batch, world)
 
 
 def plan_switch(settings: Settings, split: Split) -> Switch | None:
     """With fewer ranks (the largest proper divisor; one stays one) and at stage 1, or 3 after stage 1."""
-    if not settings.switch_at or settings.stop_after:
+    if not settings.switch_at or settings.stop_after or settings.steps == 1:
         return None
     world = split.world
     fewer = settings.switch_ranks or max((n for n in range(1, world) if world % n == 0), default=1)
@@ -97,7 +104,9 @@ def plan_switch(settings: Settings, split: Split) -> Switch | None:
     return Switch(settings.switch_at, split.over(fewer), stage)
 
 
-def prepare_run(settings: Settings, saved: Mapping[str, Any] | None, ranks: Ranks, split: Split) -> Run:
+def prepare_run(
+    settings: Settings, saved: Mapping[str, Any], ranks: Ranks, split: Split, switch: Switch | None
+) -> Run:
     """Run directory, text, model configuration. Refuses what does not fit before a weight exists."""
     now = ranks.share(lambda: torch.tensor([int(time.time())]))
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(int(now)))
@@ -108,10 +117,12 @@ def prepare_run(settings: Settings, saved: Mapping[str, Any] | None, ranks: Rank
     if message:
         progress.say(message)
     vocab = ByteTokenizer.vocab if kind == "bytes" else settings.vocab
-    refuse_if_too_big(settings, model_config(settings, vocab), split, settings.stage, ranks)
+    planned = model_config(settings, vocab)
+    refuse_if_too_big(settings, planned, split, settings.stage, ranks)
+    if switch:
+        refuse_if_too_big(settings, planned, switch.split, switch.stage, ranks, when="after the switch, ")
     text = prepare_text(settings, directory, ranks)
     config = model_config(settings, text.tokenizer.vocab)
-    saved = saved or {}
     steps = settings.steps or saved.get("total")
     warmup = settings.warmup if settings.warmup is not None else saved.get("warmup")
     pace = Pace(steps, warmup, settings.minutes)
