@@ -134,6 +134,8 @@ def sample(name: str, args: argparse.Namespace) -> dict[str, Any]:
             "PYTHONWARNINGS": "ignore",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
+        if args.keep_memory:
+            environ |= {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(256 << 20)}
         command = [sys.executable, str(HERE / "step.py"), *flags]
         ranks.append(
             subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -188,6 +190,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=240.0)
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="let every contender keep freed memory, as ds-zero does"
+    )
     parser.add_argument("--out", type=Path, help="append the JSON of this run to a file")
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -243,6 +248,7 @@ def report(
         "dtype": args.dtype,
         "accumulate": args.accumulate,
         "world": args.world,
+        "keep_memory": args.keep_memory,
         "rounds": args.rounds,
         "steps_per_round": args.steps,
         "load_median": round(statistics.median(loads), 2),

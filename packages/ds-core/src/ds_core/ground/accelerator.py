@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_KEPT_BYTES = 256 << 20  # freed host memory that stays with the process, and the largest block that may
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "hpu": "hccl", "npu": "hccl"}
 
@@ -70,3 +74,20 @@ class Accelerator:
         except OSError:
             return self.total_bytes()
         return self.total_bytes()
+
+
+def keep_freed_memory(accelerator: Accelerator) -> bool:
+    """Let this process keep up to 256 MiB of freed host memory instead of handing it back at once.
+
+    Buckets and gradients come and go many times in a step; by default glibc returns them to the kernel,
+    which then clears every page again: a tenth of a step's CPU time for a 30M model. On CPU with glibc only, and not
+    when MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ says otherwise. True when it took effect.
+    """
+    chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
+    libc = ctypes.CDLL(None)
+    if not accelerator.is_cpu or chosen or not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    # An older glibc refuses so large a threshold; then its own, which adapts, is better than half of this.
+    if not libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES):
+        return False
+    return bool(libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ds_core.ground.accelerator import keep_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.ground.wire import Codec
 from ds_core.state.hooks import OwnerHooks, dtype_of
@@ -56,6 +57,7 @@ class FlatOwner:
         self.model = model
         self.mesh = mesh or Topology().build()
         self.device = self.mesh.accelerator.device
+        keep_freed_memory(self.mesh.accelerator)
         self.axis = _data_axis(self.mesh)
         self.sharded = sharded
         self.precision = precision
