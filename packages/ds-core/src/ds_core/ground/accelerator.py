@@ -80,8 +80,8 @@ def keep_freed_memory(accelerator: Accelerator) -> bool:
     """Let this process keep up to 256 MiB of freed host memory instead of handing it back at once.
 
     Buckets and gradients come and go many times in a step; by default glibc returns them to the kernel,
-    which then clears every page again: a tenth of a step's CPU time for a 30M model. On CPU with glibc only, and not
-    when MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ says otherwise. True when it took effect.
+    which then clears every page again: a tenth of a step's CPU time for a 30M model. On CPU with glibc only,
+    and not when MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ says otherwise. True when it took effect.
     """
     chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
     libc = ctypes.CDLL(None)
