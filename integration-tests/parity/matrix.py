@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ds_core.ground.mesh import Mesh
 from ds_core.state.owner import FlatOwner
 from ds_core.testing.models import CASES
 from ds_core.testing.parity import Twin, TwinStep, assert_close_norm
@@ -62,14 +63,14 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.1)
 
 
-def run_cell(case_name: str, stage: int, accumulate: int, dtype_name: str) -> None:
+def run_cell(mesh: Mesh, case_name: str, stage: int, accumulate: int, dtype_name: str) -> None:
     """Train `STEPS` steps both ways; compare every gradient and every weight after each step."""
     case, dtype = CASES[case_name], DTYPES[dtype_name]
     rank, ranks = dist.get_rank(), dist.get_world_size()
     scale = 2.0**6 if dtype == torch.float16 else 1.0
     twin = Twin(case, adamw, ranks=ranks, dtype=dtype, loss_scale=scale, zero_unused=False)
     model = case.build()
-    model, optimizer = shard(model, adamw(model), stage=stage, dtype=dtype)
+    model, optimizer = shard(model, adamw(model), stage=stage, mesh=mesh, dtype=dtype)
     owner = attached(optimizer).owner
     rtol = tolerance(dtype)
     shadow = case.build()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_core.ground.mesh import Topology
 from ds_core.testing.distributed import run_ranks
 from ds_core.testing.models import CASES
 
@@ -16,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 def cells(case: str) -> None:
     from matrix import run_cell
 
+    mesh = Topology().build()  # its process groups serve all cells
     for stage in (0, 1, 2, 3):
         for accumulate in (1, 4):
             for dtype in ("fp32", "bf16", "fp16"):
                 try:
-                    run_cell(case, stage, accumulate, dtype)
+                    run_cell(mesh, case, stage, accumulate, dtype)
                 except AssertionError as fault:
                     raise AssertionError(
                         f"stage {stage}, accumulate {accumulate}, {dtype}: {fault}"
