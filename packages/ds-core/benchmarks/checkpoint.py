@@ -3,7 +3,7 @@
     python packages/ds-core/benchmarks/checkpoint.py [--rounds 3] [--params 125] [--out results.json]
 
 Two gloo ranks on this host hold fp32 masters and two moments (12 bytes per parameter), cut evenly.
-Contenders take turns within every round and start from an emptied directory; loads read what the same
+Every round has all contenders in a random order, each in a directory of its own; loads read what the same
 contender just saved, from the page cache. `write_fsync` is the bound: the same bytes, written and fsynced,
 nothing else. What each makes durable stands in `SYNCS` and in the result.
 """
@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -84,8 +85,8 @@ class Plain:
         path.mkdir(exist_ok=True)
         with open(path / str(self._rank), "wb", buffering=0) as file:
             for view in self._views:
-                for at in range(0, len(view), 4 << 20):
-                    file.write(view[at : at + (4 << 20)])
+                for at in range(0, len(view), 256 << 10):
+                    file.write(view[at : at + (256 << 10)])
             os.fsync(file.fileno())
 
     def finish(self) -> None:
@@ -292,8 +293,9 @@ def run_rank(arguments: argparse.Namespace) -> None:
     kept: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for turn in range(-1, arguments.rounds):  # round -1 warms up: memory, caches, plans
-        at = turn % len(arguments.contenders)
-        for name in arguments.contenders[at:] + arguments.contenders[:at]:  # no one always follows another
+        # Each inherits the page-cache memory that the one before let go, warm or cold: chance decides who.
+        order = random.Random(turn).sample(arguments.contenders, len(arguments.contenders))
+        for name in order:
             contender = kept.get(name) or CONTENDERS[name](state)
             kept[name] = contender
             target = folder / f"{name}-{turn}"

