@@ -34,7 +34,7 @@ class Settings:
     batch: int = 4
     accumulate: int = 1
     seq: int = 256
-    lr: float = 2e-3
+    lr: float = 1.4e-3
     warmup: int | None = None
     weight_decay: float = 0.1
     clip: float = 1.0
