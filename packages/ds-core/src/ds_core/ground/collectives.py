@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ds_core.ground.pool import BufferPool
 from ds_core.ground.ticket import Ticket, Waitable
 
 _SUM_BLOCK = 1 << 18  # elements summed at a time: three fp32 blocks of it stay in cache
@@ -83,9 +84,10 @@ class LocalCommunicator:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.pool = BufferPool(device)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(numel, dtype=dtype, device=self.device)
+        return self.pool.take(numel, dtype)
 
     def all_gather(self, out: Tensor, shard: Tensor) -> Ticket:
         if out.data_ptr() != shard.data_ptr() or out.device.type == "meta":
@@ -136,9 +138,10 @@ class TorchCommunicator:
         self._native = dist.get_backend(group) != "gloo"
         self._routes: dict[tuple[str, int], _Exchange] = {}
         self._tag = 0
+        self.pool = BufferPool(device)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(numel, dtype=dtype, device=self.device)
+        return self.pool.take(numel, dtype)
 
     def all_gather(self, out: Tensor, shard: Tensor) -> Ticket:
         self._record("all_gather", out.numel(), shard.nbytes * (self.world - 1))
@@ -159,20 +162,22 @@ class TorchCommunicator:
             if full.dtype == torch.float16:  # the backend sums in fp16, which might not hold the sum
                 full, scale = full * scale, 1.0
             work = _reduce_scatter(wire, full, self.group)
-            return Ticket(
-                [work],
-                keepalive=(full, wire),
-                finish=lambda: sum_chunks(out, [wire], scale=scale, accumulate=accumulate),
-            )
+
+            def keep() -> None:
+                sum_chunks(out, [wire], scale=scale, accumulate=accumulate)
+                self.pool.give_back(wire)
+
+            return Ticket([work], keepalive=(full, wire), finish=keep)
         received = self.allocate(full.numel(), full.dtype)
         works = self._route("all_to_all", full.nbytes)(received, full)
         chunks = list(received.view(self.world, -1))
         chunks[self.rank] = full.view(self.world, -1)[self.rank]
-        return Ticket(
-            works,
-            keepalive=(full, received),
-            finish=lambda: sum_chunks(out, chunks, scale=scale, accumulate=accumulate),
-        )
+
+        def finish() -> None:
+            sum_chunks(out, chunks, scale=scale, accumulate=accumulate)
+            self.pool.give_back(received)
+
+        return Ticket(works, keepalive=(full, received), finish=finish)
 
     def all_reduce(self, tensor: Tensor, *, op: str = "sum") -> Ticket:
         sent = 2 * tensor.nbytes * (self.world - 1) // self.world
