@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -84,8 +85,10 @@ def keep_freed_memory(accelerator: Accelerator) -> bool:
     and not when MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ says otherwise. True when it took effect.
     """
     chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
+    if sys.platform != "linux" or not accelerator.is_cpu or chosen:
+        return False
     libc = ctypes.CDLL(None)
-    if not accelerator.is_cpu or chosen or not hasattr(libc, "gnu_get_libc_version"):
+    if not hasattr(libc, "gnu_get_libc_version"):
         return False
     # An older glibc refuses so large a threshold; then its own, which adapts, is better than half of this.
     if not libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES):
