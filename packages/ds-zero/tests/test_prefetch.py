@@ -50,6 +50,17 @@ def test_one_large_unit_is_fetched_although_it_exceeds_the_budget() -> None:
     assert hint.use(0) == [1]
 
 
+def test_a_unit_with_neighbouring_users_stays_between_them() -> None:
+    hint = OrderHint([10, 10], budget=10, order=[0, 0, 1])
+    hint.begin()
+    assert hint.use(0) == [1]
+    assert hint.stays(0)
+    assert hint.use(0) == [1]
+    assert not hint.stays(0)
+    assert hint.use(1) == []
+    assert not hint.stays(1)
+
+
 def test_no_budget_no_prefetch() -> None:
     hint = OrderHint([1, 1], budget=0)
     hint.begin()

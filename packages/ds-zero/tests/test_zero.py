@@ -102,6 +102,18 @@ def test_a_step_moves_what_the_paper_says(stage: int) -> None:
         assert log.calls["dp_shard", "all_gather"] == 2 * len(owner.units) - 1
 
 
+@distributed(world_size=2)
+def test_a_unit_of_several_blocks_is_gathered_once_each_way(rank: int) -> None:
+    model, optimizer, owner = build("mlp", 3, bucket_numel=300)
+    assert [len(unit.plan.users) for unit in owner.units] == [3, 2]
+    for step in range(2):
+        owner.mesh.log.clear()
+        train("mlp", model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert owner.mesh.log.calls["dp_shard", "all_gather"] == 3  # the last one stays for the backward
+
+
 @pytest.mark.parametrize(("stage", "reduces"), [(1, 1), (2, 4)])
 @distributed(world_size=2)
 def test_stage_one_reduces_once_in_four_micro_batches(stage: int, reduces: int) -> None:

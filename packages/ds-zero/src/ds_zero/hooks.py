@@ -55,13 +55,15 @@ class UseHooks:
         self._active = [0] * len(self._units)
         self._backward_users = [0] * len(self._units)
         self._depth = 0
-        self._hint = OrderHint([unit.layout.numel for unit in self._units], prefetch_numel)
         self._any_cut = any(not unit.keep_whole for unit in self._units)
         modules = dict(owner.model.named_modules())
         users: dict[str, list[FlatUnit]] = {}
         for unit in self._units:
             for name in unit.plan.users:
                 users.setdefault(name, []).append(unit)
+        # Definition order, a unit once for each of its users: what the first pass is expected to do.
+        order = [self._index[id(unit)] for name in modules for unit in users.get(name, ())]
+        self._hint = OrderHint([unit.layout.numel for unit in self._units], prefetch_numel, order)
         root = owner.model
         handles = owner.hooks.handles
         handles.append(root.register_forward_pre_hook(self._enter_root))
@@ -106,6 +108,7 @@ class UseHooks:
         for unit in units:
             index = self._index[id(unit)]
             kept = waiting and not lookup and index == self._hint.last
+            kept = kept or (self._depth > 0 and self._hint.stays(index))
             if self._active[index] == 0 and not backward and not kept:
                 self._owner.gatherer.release(unit)
 

@@ -12,10 +12,10 @@ class OrderHint:
     from the definition order, every later one from the last complete pass.
     """
 
-    def __init__(self, numels: Sequence[int], budget: int) -> None:
+    def __init__(self, numels: Sequence[int], budget: int, order: Sequence[int] | None = None) -> None:
         self._numels = list(numels)
         self._budget = budget  # elements that may be on their way ahead of the pass
-        self._known = list(range(len(numels)))
+        self._known = list(range(len(numels)) if order is None else order)
         self._seen: list[int] = []
         self._at = 0
 
@@ -38,7 +38,11 @@ class OrderHint:
             self._at = self._known.index(unit, self._at) + 1
         except ValueError:
             return []
-        return self._ahead(self._known[self._at :])
+        return self._ahead([other for other in self._known[self._at :] if other != unit])
+
+    def stays(self, unit: int) -> bool:
+        """Is `unit` what comes next again, so that letting it go would only bring it back?"""
+        return self._at < len(self._known) and self._known[self._at] == unit
 
     def before(self, unit: int) -> list[int]:
         """`unit` is used in a backward pass: what the known pass used before it, nearest first."""
