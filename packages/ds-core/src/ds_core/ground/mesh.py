@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import math
 import os
 import tempfile
@@ -50,6 +52,20 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
         return True
     dist.init_process_group(accelerator.comm_backend, timeout=timedelta(seconds=timeout_s))
     return True
+
+
+@functools.cache
+def _leave_at_exit() -> None:
+    """Close the process groups before the interpreter goes, whoever opened the job.
+
+    gloo's threads outlive an interpreter that ends with groups open, and abort the process now and then.
+    """
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +147,7 @@ class Mesh:
         return self._communicators[key]
 
     def _create(self, axis: str, channel: str) -> TorchCommunicator:
+        _leave_at_exit()
         device = torch.device("cpu") if channel == "control" else self.accelerator.device
         backend = None
         if channel == "control" and dist.get_backend() not in ("gloo", "fake"):
