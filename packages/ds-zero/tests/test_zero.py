@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_core.ground.accelerator import Accelerator
+from ds_core.ground.codec import CastCodec
 from ds_core.ground.mesh import Topology
 from ds_core.state.owner import FlatOwner
 from ds_core.state.unit import Whole
@@ -332,6 +333,24 @@ def test_slow_collectives_change_nothing(stage: int) -> None:
     owner.gatherer._comm = SlowCommunicator(owner.gatherer._comm, ms=3.0)  # type: ignore[attr-defined]
     run_steps("mlp", model, optimizer, 2)
     assert_close_norm(whole_parameters(model), expected_after("mlp", 2), 1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@distributed(world_size=2)
+def test_a_lossy_gather_rounds_what_is_computed_with_but_never_the_masters(stage: int) -> None:
+    """Parameters are what bf16 carries, masters keep fp32: small steps must add up, not round away."""
+    model = CASES["mlp"].build()
+    owner = Zero(stage=stage, bucket_numel=1).shard(model, gather=CastCodec(torch.bfloat16))
+    optimizer = ShardedOptimizer(torch.optim.SGD(model.parameters(), lr=1e-7), owner)
+    start = [unit.values().clone() for unit in owner.units]
+    for step in range(3):
+        train("mlp", model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = [float((unit.values() - before).norm()) for unit, before in zip(owner.units, start, strict=True)]
+    assert all(0 < distance < 1e-4 for distance in moved)
+    weight = full_tensor(model.get_parameter("head.weight"))
+    assert torch.equal(weight, weight.bfloat16().float())
 
 
 @distributed(world_size=2)

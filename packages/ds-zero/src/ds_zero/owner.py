@@ -86,6 +86,7 @@ class ZeroOwner(FlatOwner):
             reduce=reduce,
             overlap=config.overlap,
             keep_whole=keep_whole,
+            lossy_gather=gather is not None,
         )
         self.gatherer = Gatherer(self.gather_comm, gather)
         self.uses = UseHooks(self, prefetch_numel=config.prefetch_numel if config.overlap else 0)

@@ -14,14 +14,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from ds_core.ground.accelerator import Accelerator
 from ds_core.ground.collectives import LocalCommunicator, TorchCommunicator, WireLog
-from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Communicator
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 DEFAULT_TIMEOUT_S = 600.0
 
 
@@ -174,18 +171,7 @@ class Mesh:
             raise ValueError(f"axis {axis!r} has one rank and therefore no process group")
         return communicator.group
 
-    def device_mesh(self) -> DeviceMesh:
-        """The same layout as torch's DeviceMesh, for code that speaks DTensor."""
-        return DeviceMesh(
-            self.accelerator.device.type, self._grid, mesh_dim_names=tuple(self._degrees), _init_backend=True
-        )
-
     def barrier(self) -> None:
         """Every rank of the job has come here."""
         if dist.is_initialized() and self.world > 1:
             dist.barrier()
-
-    def broadcast_everywhere(self, tensor: torch.Tensor) -> Ticket:
-        """In place, from rank 0 along every data-parallel axis."""
-        tickets = [self.communicator(axis).broadcast(tensor) for axis in ("dp_replicate", "dp_shard")]
-        return Ticket(tickets)

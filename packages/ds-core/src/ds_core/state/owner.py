@@ -67,7 +67,7 @@ class FlatOwner:
         self.comm = self.mesh.communicator(self.axis, "reduce")
         self.gather_comm = self.mesh.communicator(self.axis, "gather")
         self.control = self.mesh.communicator(self.axis, "control")
-        self._keep_whole = settings.keep_whole
+        self._keep_whole, self._lossy_gather = settings.keep_whole, settings.lossy_gather
         _refuse_owned(model)
         self.units = [self._make_unit(plan) for plan in plan_units(model, bucket_numel=settings.bucket_numel)]
         for unit in self.units:
@@ -113,6 +113,7 @@ class FlatOwner:
             precision=self.precision,
             cut=self.cut,
             keep_whole=self._keep_whole(plan),
+            lossy_gather=self._lossy_gather,
         )
 
     def _fill_buffers(self) -> None:
@@ -248,9 +249,10 @@ class _Options:
         reduce: Codec | None = None,
         overlap: bool = True,
         keep_whole: Callable[[UnitPlan], bool] = lambda plan: True,
+        lossy_gather: bool = False,
     ) -> None:
         self.cut, self.bucket_numel, self.reduce = cut, bucket_numel, reduce
-        self.overlap, self.keep_whole = overlap, keep_whole
+        self.overlap, self.keep_whole, self.lossy_gather = overlap, keep_whole, lossy_gather
 
 
 class ReplicatedOwner(FlatOwner):

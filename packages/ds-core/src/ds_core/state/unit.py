@@ -64,6 +64,7 @@ class FlatUnit:
         precision: Precision,
         cut: Cut = "flat",
         keep_whole: bool = True,
+        lossy_gather: bool = False,
     ) -> None:
         self.plan = plan
         self.key = plan.key
@@ -75,6 +76,8 @@ class FlatUnit:
         self.dtype = precision.of_params(plan)
         self.grad_dtype = precision.of_grads(plan)
         self.master_dtype = precision.of_master(plan)
+        # A lossy gather overwrites the whole copy with what was on the wire, so a master cannot live in it.
+        self.separate_master = self.master_dtype != self.dtype or (lossy_gather and keep_whole)
         self.device = device
         self.state = Whole.ABSENT
         self.ticket: Ticket | None = None
@@ -108,8 +111,8 @@ class FlatUnit:
         part = self.whole[self.span]
         self.local = part if self.keep_whole else part.clone()
         if self.trainable:
-            same = self.master_dtype == self.dtype
-            master = self.local if same else flat[self.span].to(self.master_dtype, copy=True)
+            apart = self.separate_master
+            master = flat[self.span].to(self.master_dtype, copy=True) if apart else self.local
             store.create(f"{self.key}/master", master)
         self.state = Whole.READY
         self._point_at_whole()
@@ -170,7 +173,7 @@ class FlatUnit:
 
     def refresh_local(self) -> None:
         """Master -> shard in the parameters' dtype (nothing to do where they are the same memory)."""
-        if self.trainable and self.master_dtype != self.dtype:
+        if self.trainable and self.separate_master:
             with self.master() as lease:
                 self.local.copy_(lease.tensor)
 
@@ -179,7 +182,7 @@ class FlatUnit:
         part = self.whole[self.span]
         if self.local.data_ptr() != part.data_ptr():
             self.local.copy_(part)
-        if self.trainable and self.master_dtype != self.dtype:
+        if self.trainable and self.separate_master:
             with self.master() as lease:
                 lease.tensor.copy_(part)
                 lease.dirty = True
