@@ -27,6 +27,7 @@ _HOME: dict[str, str] = {
     "TorchCommunicator": "ds_core.ground.collectives",
     "clip_grad_norm_": "ds_core.train.clip",
     "init_distributed": "ds_core.ground.mesh",
+    "leave_distributed": "ds_core.ground.mesh",
     "CheckpointStore": "ds_core.state.checkpoint",
     "SaveHandle": "ds_core.state.checkpoint_job",
     "RngState": "ds_core.train.rng",

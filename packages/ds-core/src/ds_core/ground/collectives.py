@@ -129,7 +129,7 @@ class TorchCommunicator:
     def __init__(
         self, group: ProcessGroup, device: torch.device, *, log: WireLog | None = None, axis: str = "world"
     ) -> None:
-        self.group = group
+        self._group: ProcessGroup | None = group
         self.device = device
         self.rank = dist.get_rank(group)
         self.world = dist.get_world_size(group)
@@ -139,6 +139,19 @@ class TorchCommunicator:
         self._routes: dict[tuple[str, int], _Exchange] = {}
         self._tag = 0
         self.pool = BufferPool(device)
+
+    @property
+    def group(self) -> ProcessGroup:
+        if self._group is None:
+            raise RuntimeError(
+                f"the process group along {self.axis!r} was closed by leave_distributed(): build a new mesh, "
+                "and model and optimizer on it"
+            )
+        return self._group
+
+    def close(self) -> None:
+        """Let go of the process group; the last one to do so waits for its threads."""
+        self._group = None
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.pool.take(numel, dtype)

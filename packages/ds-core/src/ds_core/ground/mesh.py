@@ -7,12 +7,15 @@ import functools
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # keeps the world group for ever if it is imported once there is one
 from torch.distributed import ProcessGroup
 
 from ds_core.ground.accelerator import Accelerator
@@ -51,18 +54,42 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
     return True
 
 
+_OPEN: WeakSet[TorchCommunicator] = WeakSet()
+_GOODBYE_S = 2.0
+
+
+def leave_distributed() -> None:
+    """Close every process group of this process: communicators made so far can no longer be used.
+
+    Waits for what is still on the wire, and for the threads of the groups. Harmless when nothing is open.
+    """
+    for communicator in list(_OPEN):
+        communicator.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 @functools.cache
 def _leave_at_exit() -> None:
     """Close the process groups before the interpreter goes, whoever opened the job.
 
-    gloo's threads outlive an interpreter that ends with groups open, and abort the process now and then.
+    A thread of gloo that lets go of a tensor while the interpreter goes down aborts the process. It waits on
+    another thread, and not for ever: after an error the other ranks may never send what this one waits for.
     """
-    atexit.register(_leave)
+    goes = threading.Event()
 
+    def leave() -> None:
+        goes.wait()
+        leave_distributed()
 
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leaver = threading.Thread(target=leave, name="ds-leave", daemon=True)  # Python 3.12 starts none at exit
+    leaver.start()
+
+    def at_exit() -> None:
+        goes.set()
+        leaver.join(_GOODBYE_S)
+
+    atexit.register(at_exit)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,7 +189,9 @@ class Mesh:
             if dist.get_rank() in ranks:
                 mine = group
         assert mine is not None
-        return TorchCommunicator(mine, device, log=self.log, axis=axis)
+        communicator = TorchCommunicator(mine, device, log=self.log, axis=axis)
+        _OPEN.add(communicator)
+        return communicator
 
     def group(self, axis: str) -> ProcessGroup:
         """The process group behind `communicator(axis)`. Raises ValueError on an axis of one rank."""

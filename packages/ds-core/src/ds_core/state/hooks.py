@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -91,13 +92,16 @@ class OwnerHooks:
         self._owner.zero_grad()
 
     def _taker(self, index: int, slot: int) -> Any:
-        owner = self._owner
+        # Weak: Python's collector does not see through a parameter to its gradient hook. The module's hooks
+        # keep this object.
+        found = weakref.ref(self)
 
         def take(param: Tensor) -> None:
-            grad = param.grad
-            if grad is None:
+            grad, hooks = param.grad, found()
+            if grad is None or hooks is None:
                 return
-            self.open_round()
+            hooks.open_round()
+            owner = hooks._owner
             complete = owner.reducer.take(index, slot, grad)
             param.grad = None
             if complete:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,13 +23,15 @@ from ds_core.state.store import DeviceStore, Store
 from ds_core.state.unit import FlatUnit, Precision, Whole
 from ds_core.state.units import UnitPlan, plan_units
 
-# parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter
+# parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter.
+# Weak on both sides: an owner holds its parameters, and the model's hooks hold the owner.
 _OWNERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def owner_of(param: Tensor) -> FlatOwner:
     """The owner that a parameter was handed to. Raises LookupError for an ordinary parameter."""
-    owner = _OWNERS.get(param)  # type: ignore[no-untyped-call]
+    found = _OWNERS.get(param)  # type: ignore[no-untyped-call]
+    owner = found() if found is not None else None
     if owner is None:
         raise LookupError("this tensor is no parameter of a sharded model; shard the model first")
     assert isinstance(owner, FlatOwner)
@@ -95,7 +98,7 @@ class FlatOwner:
         }
         for unit in self.units:
             for param in unit.params:
-                _OWNERS[param] = self
+                _OWNERS[param] = weakref.ref(self)
         self.changes = ChangeGate()  # opened right before masters change
         self.before_next_change = self.changes.before_next_change
         self.mesh.log.clear()

@@ -104,6 +104,8 @@ def _call(call: Mapping[str, Any]) -> Any:
     import torch
     import torch.distributed as dist
 
+    from ds_core.ground.mesh import leave_distributed
+
     rank, world = call["rank"], call["world"]
     os.environ.update(
         RANK=str(rank),
@@ -135,7 +137,7 @@ def _call(call: Mapping[str, Any]) -> Any:
     value = fn(**kwargs)
     if dist.is_initialized():  # a test may have taken it down itself
         dist.barrier()
-        dist.destroy_process_group()
+        leave_distributed()
     return value
 
 

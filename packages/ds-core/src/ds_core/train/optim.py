@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ NOT_SHARDABLE = {
     "SparseAdam": "it needs sparse gradients, and flat buckets hold dense ones",
 }
 
-_ATTACHED: WeakKeyDictionary[Optimizer, ShardedOptimizer] = WeakKeyDictionary()
+# Weak on both sides: the optimizer's hooks hold its sharded side.
+_ATTACHED: WeakKeyDictionary[Optimizer, ReferenceType[ShardedOptimizer]] = WeakKeyDictionary()
 
 
 def cut_for(optimizer: Optimizer) -> Cut:
@@ -52,7 +53,8 @@ def attached(optimizer: Optimizer | ShardedOptimizer) -> ShardedOptimizer:
     """The sharded side of an optimizer that went through `shard`. Raises LookupError for any other."""
     if isinstance(optimizer, ShardedOptimizer):
         return optimizer
-    found = _ATTACHED.get(optimizer)
+    entry = _ATTACHED.get(optimizer)
+    found = entry() if entry is not None else None
     if found is None:
         raise LookupError(f"this {type(optimizer).__name__} is not sharded; pass it through shard(...) first")
     return found
@@ -104,7 +106,7 @@ class ShardedOptimizer:
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
-        _ATTACHED[optimizer] = self
+        _ATTACHED[optimizer] = ref(self)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

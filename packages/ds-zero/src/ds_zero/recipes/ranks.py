@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_core import Accelerator, init_distributed
+from ds_core import Accelerator, init_distributed, leave_distributed
 
 _TIMEOUT = timedelta(minutes=10)
 _stores: Any = dist  # torch's stubs do not export its stores
@@ -78,11 +78,6 @@ class Ranks:
         """Nobody goes on before everybody is here. Collective."""
         self.sum(0.0)
 
-    def leave(self) -> None:
-        """Close the process group, if there is one."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
     def regroup(self, world: int) -> bool:
         """Leave the group; the first `world` ranks meet again in a new one. False on the ranks that stay out.
 
@@ -94,7 +89,7 @@ class Ranks:
         if world > 1:
             store = self._open_store(stays) or store
         self.meet()
-        self.leave()
+        leave_distributed()
         if not stays:
             return False
         # A group even for one rank: the launcher's environment still speaks of the old world.

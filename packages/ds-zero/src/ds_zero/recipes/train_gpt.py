@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ds_core import Accelerator
+from ds_core import Accelerator, leave_distributed
 from ds_zero.recipes.build import Split, split_batch
 from ds_zero.recipes.data import ByteTokenizer, choose_tokenizer
 from ds_zero.recipes.evaluate import compressor_bits
@@ -72,7 +72,7 @@ def train(argv: Sequence[str] | None) -> int:
     with run.progress:
         runner = run_phases(run, split, switch)
     code = finish(runner, began) if runner else 0
-    ranks.leave()  # not after an error: that must not wait for the other ranks
+    leave_distributed()  # not after an error: that must not wait for the other ranks
     return code
 
 
