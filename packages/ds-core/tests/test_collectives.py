@@ -10,7 +10,6 @@ from ds_core.ground.accelerator import Accelerator
 from ds_core.ground.codec import CastCodec, gather_coded, reduce_coded
 from ds_core.ground.collectives import LocalCommunicator, TorchCommunicator, sum_chunks
 from ds_core.ground.mesh import Topology
-from ds_core.ground.pool import BufferPool
 from ds_core.testing.distributed import distributed
 
 
@@ -218,16 +217,3 @@ def test_topology_fills_in_what_is_left(
 def test_topology_says_what_does_not_fit(degrees: dict[str, int], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Topology(**degrees).degrees(6)
-
-
-def test_the_pool_hands_the_same_bytes_out_again() -> None:
-    pool = BufferPool(torch.device("cpu"))
-    first = pool.take(8, torch.float32)
-    pool.give_back(first)
-    again = pool.take(16, torch.bfloat16)
-    assert again.data_ptr() == first.data_ptr()
-    other = pool.take(16, torch.bfloat16)
-    assert other.data_ptr() != again.data_ptr()
-    pool.give_back(other)
-    pool.clear()
-    assert not pool._free

@@ -131,6 +131,7 @@ def test_upstream_defaults() -> None:
         "stage": 3,
         "dtype": "float16",
         "prefetch_numel": 50_000_000,
+        "keep_numel": 1_000_000_000,
         "persist_numel": 100_000,
     }
 

@@ -99,6 +99,7 @@ WORKS: dict[str, tuple[Any, dict[str, Any], str, Any]] = {
     "zero_optimization.overlap_comm": (False, {}, "zero.overlap", False),
     "zero_optimization.stage3_prefetch_bucket_size": (1e6, STAGE3, "zero.prefetch_numel", 1_000_000),
     "zero_optimization.stage3_param_persistence_threshold": (7, STAGE3, "zero.persist_numel", 7),
+    "zero_optimization.stage3_max_reuse_distance": (9, STAGE3, "zero.keep_numel", 9),
     "zero_optimization.stage3_max_live_parameters": (1e5, STAGE3, "zero.prefetch_numel", 100_000),
     "csv_monitor.enabled": (True, {}, "reporting.sinks.0.type", "csv"),
     "csv_monitor.output_path": (

@@ -87,6 +87,18 @@ def ds_zero_3(model: nn.Module, setting: Setting) -> Step:
     return _ours(model, setting, 3, adamw)
 
 
+@contender
+def ds_zero_3_lean(model: nn.Module, setting: Setting) -> Step:
+    """Stage 3 with the smallest prefetch, and nothing but the last unit kept from forward to backward."""
+    from ds_core import ShardedOptimizer
+    from ds_zero import Zero
+
+    optimizer = adamw(model.parameters())
+    zero = Zero(stage=3, dtype="bfloat16" if setting.bf16 else None, prefetch_numel=1, keep_numel=1)
+    ShardedOptimizer(optimizer, zero.shard(model))
+    return loop(model, optimizer, setting)
+
+
 # -- bound and peers ----------------------------------------------------------------------------------------
 
 

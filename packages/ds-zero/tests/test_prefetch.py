@@ -19,7 +19,7 @@ def test_later_passes_follow_the_last_one() -> None:
     for unit in (2, 0, 1):
         hint.use(unit)
     hint.begin()
-    assert hint.last == 1
+    assert hint.tail == frozenset()
     assert hint.use(2) == [0]
     assert hint.use(0) == [1]
     assert hint.before(1) == [0]
@@ -66,3 +66,16 @@ def test_no_budget_no_prefetch() -> None:
     hint.begin()
     assert hint.use(0) == []
     assert hint.before(1) == []
+
+
+def test_the_end_of_a_pass_is_kept_for_its_backward() -> None:
+    sizes = [10, 10, 10, 50]
+    assert OrderHint(sizes, budget=10, keep=1).tail == {3}  # the last one always, whatever its size
+    assert OrderHint(sizes, budget=10, keep=70).tail == {3, 2, 1}
+    assert OrderHint(sizes, budget=10, keep=0).tail == frozenset()
+    hint = OrderHint(sizes, budget=10, keep=20)
+    for _ in range(2):
+        hint.begin()
+        for unit in (3, 0, 1, 2):
+            hint.use(unit)
+    assert hint.tail == {2, 1}

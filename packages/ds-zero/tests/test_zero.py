@@ -27,10 +27,10 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def build(case: str, stage: int, **settings: object) -> tuple[nn.Module, ShardedOptimizer, FlatOwner]:
-    """A case's model in small units, so that there are several."""
+    """A case's model in small units, so that there are several; one of them stays for the backward."""
     model = CASES[case].build()
     optimizer = sgd(model)
-    owner = Zero.model_validate({"stage": stage, "bucket_numel": 1, **settings}).shard(model)
+    owner = Zero.model_validate({"stage": stage, "bucket_numel": 1, "keep_numel": 1, **settings}).shard(model)
     return model, ShardedOptimizer(optimizer, owner), owner
 
 
@@ -419,3 +419,21 @@ def _fake_model_states(stage: int) -> float:
     moments = 2 * live_bytes(*masters)  # AdamW's two states are allocated like the masters
     counted = live_bytes(*params) + live_bytes(*masters) + live_bytes(*grads) + moments
     return counted / sum(p.numel() for p in model.parameters()) * 7.5e9
+
+
+@pytest.mark.parametrize(("keep", "gathers"), [(0, 2.0), (10**9, 1.0)])
+@distributed(world_size=2)
+def test_what_is_kept_for_the_backward_is_not_gathered_again(keep: int, gathers: float) -> None:
+    model, optimizer, owner = build("mlp", 3, keep_numel=keep, prefetch_numel=0)
+    run_steps("mlp", model, optimizer, 2)
+    owner.mesh.log.clear()
+    train("mlp", model, 20)
+    psi = sum(unit.layout.numel for unit in owner.units)
+    assert owner.mesh.log.elements["dp_shard", "all_gather"] == gathers * psi
+    assert all(unit.state is Whole.ABSENT for unit in owner.units)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        train_free = CASES["mlp"].losses(model, CASES["mlp"].rank_batch(0, dist.get_rank(), 2))
+    assert len(train_free) and all(unit.state is Whole.ABSENT for unit in owner.units)
+    assert_close_norm(whole_parameters(model), expected_after("mlp", 3), 1e-5)

@@ -44,11 +44,11 @@ class UseHooks:
     """Registers the hooks of one owner and keeps the little state they need.
 
     A unit is held while a user's forward runs (`_active`), and again from the moment a gradient reaches a
-    user's output until all of the unit's gradients are taken. Users that only look weights up by index
+    user's output until all of the unit's gradients are taken. The last units of a forward stay in between. Users that only look weights up by index
     (an embedding) need none of them for their backward, so none are gathered.
     """
 
-    def __init__(self, owner: Used, *, prefetch_numel: int) -> None:
+    def __init__(self, owner: Used, *, prefetch_numel: int, keep_numel: int) -> None:
         self._owner = owner
         self._units = owner.units
         self._index = {id(unit): index for index, unit in enumerate(self._units)}
@@ -63,7 +63,8 @@ class UseHooks:
                 users.setdefault(name, []).append(unit)
         # Definition order, a unit once for each of its users: what the first pass is expected to do.
         order = [self._index[id(unit)] for name in modules for unit in users.get(name, ())]
-        self._hint = OrderHint([unit.layout.numel for unit in self._units], prefetch_numel, order)
+        numels = [unit.layout.numel for unit in self._units]
+        self._hint = OrderHint(numels, prefetch_numel, order, keep=keep_numel)
         root = owner.model
         handles = owner.hooks.handles
         handles.append(root.register_forward_pre_hook(self._enter_root))
@@ -107,7 +108,7 @@ class UseHooks:
         waiting = torch.is_grad_enabled() and self._watch(units, lookup, (args, kwargs), output)
         for unit in units:
             index = self._index[id(unit)]
-            kept = waiting and not lookup and index == self._hint.last
+            kept = waiting and not lookup and index in self._hint.tail
             kept = kept or (self._depth > 0 and self._hint.stays(index))
             if self._active[index] == 0 and not backward and not kept:
                 self._owner.gatherer.release(unit)
@@ -136,7 +137,7 @@ class UseHooks:
         # What was fetched ahead for nobody, or held by a forward that raised, goes now.
         for index, unit in enumerate(self._units):
             self._active[index] = 0
-            if not unit.keep_whole and (index != self._hint.last or not torch.is_grad_enabled()):
+            if not unit.keep_whole and (index not in self._hint.tail or not torch.is_grad_enabled()):
                 self._owner.gatherer.release(unit)
 
     # -- backward ------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class Settings(Protocol):
     cut: Cut
     bucket_numel: int
     prefetch_numel: int
+    keep_numel: int
     persist_numel: int
     overlap: bool
     initializer: Initializer | None
@@ -89,7 +90,8 @@ class ZeroOwner(FlatOwner):
             lossy_gather=gather is not None,
         )
         self.gatherer = Gatherer(self.gather_comm, gather)
-        self.uses = UseHooks(self, prefetch_numel=config.prefetch_numel if config.overlap else 0)
+        prefetch = config.prefetch_numel if config.overlap else 0
+        self.uses = UseHooks(self, prefetch_numel=prefetch, keep_numel=config.keep_numel)
 
     def _fill_buffers(self) -> None:
         materialize_buffers(self.model, self.device, self.config.initializer)

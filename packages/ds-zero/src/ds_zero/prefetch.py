@@ -12,22 +12,26 @@ class OrderHint:
     from the definition order, every later one from the last complete pass.
     """
 
-    def __init__(self, numels: Sequence[int], budget: int, order: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, numels: Sequence[int], budget: int, order: Sequence[int] | None = None, *, keep: int = 0
+    ) -> None:
         self._numels = list(numels)
         self._budget = budget  # elements that may be on their way ahead of the pass
+        self._keep = keep  # elements that may stay from the end of the pass into the backward
         self._known = list(range(len(numels)) if order is None else order)
         self._seen: list[int] = []
         self._at = 0
+        self.tail: frozenset[int] = self._find_tail()
 
-    @property
-    def last(self) -> int | None:
-        """The unit that the known pass ends with."""
-        return self._known[-1] if self._known else None
+    def _find_tail(self) -> frozenset[int]:
+        """The units that the known pass ends with and its backward begins with, within what may be kept."""
+        return frozenset(_within(self._known[::-1], self._numels, self._keep))
 
     def begin(self) -> None:
         """A new pass starts: what was seen becomes what is known."""
         if self._seen:
             self._known = self._seen
+            self.tail = self._find_tail()
         self._seen = []
         self._at = 0
 
@@ -52,16 +56,16 @@ class OrderHint:
         return self._ahead(self._known[:at][::-1])
 
     def _ahead(self, following: Sequence[int]) -> list[int]:
-        chosen: list[int] = []
-        room = self._budget
-        if room <= 0:
-            return chosen
-        for unit in following:
-            if chosen and self._numels[unit] > room:
-                break
-            if unit not in chosen:
-                chosen.append(unit)
-                room -= self._numels[unit]
-            if room <= 0:
-                break
-        return chosen
+        return _within(following, self._numels, self._budget)
+
+
+def _within(following: Sequence[int], numels: Sequence[int], room: int) -> list[int]:
+    """The first units of `following` that fit into `room` elements together; the very first always does."""
+    chosen: list[int] = []
+    for unit in following:
+        if room <= 0 or (chosen and numels[unit] > room):
+            break
+        if unit not in chosen:
+            chosen.append(unit)
+            room -= numels[unit]
+    return chosen

@@ -44,7 +44,12 @@ class Zero(Config):
         default=1_000_000, ge=1, description="neighbours are put together up to this many elements"
     )
     prefetch_numel: int = Field(
-        default=5_000_000, ge=0, description="elements gathered ahead of their use at stage 3; 0: none"
+        default=20_000_000, ge=0, description="elements gathered ahead of their use at stage 3; 0: none"
+    )
+    keep_numel: int = Field(
+        default=20_000_000,
+        ge=0,
+        description="stage 3: elements, the last of a forward, that stay whole into the backward; 0: none",
     )
     persist_numel: int = Field(
         default=0, ge=0, description="stage 3: units below this many elements stay whole"

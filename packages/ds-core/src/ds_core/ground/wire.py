@@ -8,7 +8,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ds_core.ground.pool import BufferPool
 from ds_core.ground.ticket import Ticket
 
 
@@ -26,11 +25,6 @@ class Communicator(Protocol):
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         """A wire buffer on this communicator's device, uninitialised."""
-        ...
-
-    @property
-    def pool(self) -> BufferPool:
-        """Where wire buffers go back to when they are done with."""
         ...
 
     def all_gather(self, out: Tensor, shard: Tensor) -> Ticket:

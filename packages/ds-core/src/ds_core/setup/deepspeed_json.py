@@ -146,13 +146,14 @@ def _zero(found: Findings, stage: int) -> Zero:
 
     buckets = [found.values.get(key(name)) for name in ("reduce_bucket_size", "allgather_bucket_size")]
     bucket = min((size for size in buckets if size is not None), default=_BUCKET_NUMEL)
-    prefetch = min(
-        found.get(key("stage3_prefetch_bucket_size")), found.get(key("stage3_max_live_parameters"))
-    )
+    live = found.get(key("stage3_max_live_parameters"))
+    prefetch = min(found.get(key("stage3_prefetch_bucket_size")), live)
+    keep = min(found.get(key("stage3_max_reuse_distance")), live)
     return Zero(
         grad_dtype=found.get("data_types.grad_accum_dtype"),
         bucket_numel=bucket if bucket < _BUCKET_NUMEL else None,
         prefetch_numel=prefetch if stage == 3 else None,
+        keep_numel=keep if stage == 3 else None,
         persist_numel=found.get(key("stage3_param_persistence_threshold")) if stage == 3 else None,
         overlap=found.get(key("overlap_comm")),
     )

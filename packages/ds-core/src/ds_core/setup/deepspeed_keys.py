@@ -152,8 +152,8 @@ _ZERO = (
     _works("stage3_param_persistence_threshold", _size, 100_000, "Zero(persist_numel)", "default"),
     _always("stage3_model_persistence_threshold", (sys.maxsize,), "the threshold is per parameter;"
             " lower stage3_param_persistence_threshold instead"),
-    _works("stage3_max_live_parameters", _size, 10**9, "caps Zero(prefetch_numel)", "default"),
-    _moot("stage3_max_reuse_distance", _size, 10**9, "a unit is released after each use"),
+    _works("stage3_max_live_parameters", _size, 10**9, "caps Zero(prefetch_numel, keep_numel)", "default"),
+    _works("stage3_max_reuse_distance", _size, 10**9, "Zero(keep_numel)", "default"),
     _moot("stage3_gather_16bit_weights_on_model_save", as_bool, False, "save_16bit_model always streams"),
     _moot("stage3_gather_fp16_weights_on_model_save", as_bool, False, "save_16bit_model always streams"),
     _always("stage3_module_granularity_threshold", (0,), "units are the model's blocks"),

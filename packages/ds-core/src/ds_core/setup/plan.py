@@ -50,6 +50,7 @@ class Zero(Config):
     grad_dtype: Dtype | None = None
     bucket_numel: int | None = None
     prefetch_numel: int | None = None
+    keep_numel: int | None = None
     persist_numel: int | None = None
     overlap: bool | None = None
 

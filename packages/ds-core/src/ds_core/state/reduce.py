@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -152,13 +151,9 @@ class GradReducer:
                 scale=1.0 / self._comm.world,
                 accumulate=accumulate,
             )
-        self._in_flight.append(Ticket([ticket], finish=partial(self._reuse, bucket)))
+        self._in_flight.append(ticket)
         while len(self._in_flight) > (IN_FLIGHT if self._overlap else 0):
             self._in_flight.pop(0).wait()
-
-    def _reuse(self, bucket: Tensor) -> None:
-        if self._sharded:  # at stage 0 the bucket may have become the gradient itself
-            self._comm.pool.give_back(bucket)
 
     def _complete(self, pending: _Pending, unit: FlatUnit) -> Tensor:
         """The bucket with zeros where nothing came and in the padding, in the wire's dtype."""
@@ -221,7 +216,6 @@ class GradReducer:
         for ticket in self._in_flight:
             ticket.wait()
         self._in_flight.clear()
-        self._comm.pool.clear()
         if self._expected_rounds is None:
             self._learn_order()
         self._expected_rounds, self._rounds = self._rounds, 0
@@ -258,7 +252,6 @@ class GradReducer:
             unit.drop_grad()
             pending.bucket = None
             seen[:] = [False] * len(seen)
-        self._comm.pool.clear()
         self.in_round = self._unreduced = False
         self._rounds = 0
         self._drained = True
