@@ -44,8 +44,9 @@ class UseHooks:
     """Registers the hooks of one owner and keeps the little state they need.
 
     A unit is held while a user's forward runs (`_active`), and again from the moment a gradient reaches a
-    user's output until all of the unit's gradients are taken. The last units of a forward stay in between. Users that only look weights up by index
-    (an embedding) need none of them for their backward, so none are gathered.
+    user's output until all of the unit's gradients are taken; the last units of a forward stay in between.
+    Users that only look weights up by index (an embedding) need none of them for their backward, so none
+    are gathered.
     """
 
     def __init__(self, owner: Used, *, prefetch_numel: int, keep_numel: int) -> None:
