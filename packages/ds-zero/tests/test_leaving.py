@@ -88,3 +88,42 @@ def test_a_script_that_ends_with_a_live_model_has_closed_its_groups(tmp_path: Pa
     before, after = [line for line in done.stdout.splitlines() if line.startswith("gloo threads")]
     assert int(before.split()[-1]) > 0
     assert int(after.split()[-1]) == 0
+
+
+class Probe:
+    """Something to hold on to."""
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)])
+        self.blocks[1].weight.requires_grad_(False)
+        self.blocks[2].requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(x)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@distributed(2)
+def test_a_step_leaves_no_graph_behind(stage: int) -> None:
+    model = Wide()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    shard(model, optimizer, stage=stage)
+    seen: list[weakref.ref[Probe]] = []
+
+    def look(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        assert output.grad_fn is not None
+        probe = output.grad_fn.metadata["probe"] = Probe()  # lives as long as the node does
+        seen.append(weakref.ref(probe))
+
+    for block in model.blocks:
+        block.register_forward_hook(look)
+    for _ in range(2):
+        model(torch.ones(4, 64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    gc.collect()
+    assert len(seen) == 8
+    assert [ref() for ref in seen] == [None] * 8

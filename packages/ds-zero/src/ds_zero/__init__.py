@@ -10,11 +10,17 @@ _HOME: dict[str, str] = {
     "Zero": "ds_zero.zero",
     "ZeroOwner": "ds_zero.owner",
     "clip_grad_norm_": "ds_core.train.clip",
+    "full_grad": "ds_zero.full",
+    "full_optimizer_state": "ds_zero.full",
     "full_tensor": "ds_zero.full",
+    "gather": "ds_zero.full",
+    "no_sync": "ds_zero.accumulate",
+    "set_full_optimizer_state": "ds_zero.full",
+    "set_full_tensor": "ds_zero.full",
     "shard": "ds_zero.zero",
 }
 
-__all__ = ["Zero", "ZeroOwner", "__version__", "clip_grad_norm_", "full_tensor", "shard"]
+__all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:

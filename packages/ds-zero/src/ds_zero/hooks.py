@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from torch.autograd.graph import register_multi_grad_hook
 
 from ds_core.state.hooks import OwnerHooks, in_backward
 from ds_core.state.unit import FlatUnit, Whole
-from ds_zero.gather import Gatherer
+from ds_zero.gatherer import Gatherer
 from ds_zero.prefetch import OrderHint
 
 
@@ -40,6 +41,24 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def when_all_have_gradients(tensors: Sequence[Tensor], fn: Callable[[], None]) -> None:
+    """Run `fn` in every backward in which each of the tensors has got its gradient, after the last one.
+
+    torch's multi-grad hook would, in mode "all", hold the graph that holds it: nothing would ever be freed.
+    """
+    expected, seen = len(tensors), Counter[int]()
+
+    def hook(grad: Tensor) -> None:
+        backward = torch._C._current_graph_task_id()
+        seen[backward] += 1
+        if seen[backward] == expected:
+            del seen[backward]
+            fn()
+
+    for tensor in tensors:
+        tensor.register_hook(hook)
+
+
 class UseHooks:
     """Registers the hooks of one owner and keeps the little state they need.
 
@@ -54,7 +73,10 @@ class UseHooks:
         self._units = owner.units
         self._index = {id(unit): index for index, unit in enumerate(self._units)}
         self._active = [0] * len(self._units)
-        self._backward_users = [0] * len(self._units)
+        self._backward_users = [0] * len(
+            self._units
+        )  # uses whose backward has begun and will say when it ends
+        self._complete = [False] * len(self._units)  # all gradients of this backward are taken
         self._depth = 0
         self._any_cut = any(not unit.keep_whole for unit in self._units)
         modules = dict(owner.model.named_modules())
@@ -121,10 +143,11 @@ class UseHooks:
         ]
         if not outputs:
             return False
-        register_multi_grad_hook(outputs, partial(self._before_backward, units, lookup), mode="any")
-        entering = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
-        if entering and any(not unit.trainable for unit in units):
-            register_multi_grad_hook(entering, partial(self._after_backward, units), mode="all")
+        entering = [] if lookup else [tensor for tensor in tensors_in(inputs) if tensor.requires_grad]
+        before = partial(self._before_backward, units, lookup, bool(entering))
+        register_multi_grad_hook(outputs, before, mode="any")
+        if entering:
+            when_all_have_gradients(entering, partial(self._after_backward, units))
         return True
 
     def _leave_root(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -146,12 +169,12 @@ class UseHooks:
     def _root_backward(self, grad: Tensor) -> None:
         self._owner.hooks.open_round()
 
-    def _before_backward(self, units: list[FlatUnit], lookup: bool, grad: Tensor) -> None:
+    def _before_backward(self, units: list[FlatUnit], lookup: bool, ends: bool, grad: Tensor) -> None:
         self._owner.hooks.open_round()
         gatherer = self._owner.gatherer
         if not lookup:
             for unit in units:
-                self._backward_users[self._index[id(unit)]] += 1
+                self._backward_users[self._index[id(unit)]] += ends
                 gatherer.launch(unit)
         for ahead in self._hint.before(self._index[id(units[0])]):
             if not _needs_no_backward(self._units[ahead], self._owner.model):
@@ -159,25 +182,30 @@ class UseHooks:
         if not lookup:
             gatherer.acquire_all(units)
 
-    def _after_backward(self, units: list[FlatUnit], grads: Any) -> None:
-        """The backward of one use is over; frozen units without another use go."""
+    def _after_backward(self, units: list[FlatUnit]) -> None:
+        """The backward of one use is over. Units without another open use go, if no use is still to come."""
         for unit in units:
             index = self._index[id(unit)]
             self._backward_users[index] = max(0, self._backward_users[index] - 1)
-            if not unit.trainable and self._backward_users[index] == 0 and self._active[index] == 0:
+            over = self._complete[index] or not unit.trainable
+            if over and self._backward_users[index] == 0 and self._active[index] == 0:
                 self._owner.gatherer.release(unit)
 
     def gradients_taken(self, unit: FlatUnit) -> None:
-        """All gradients of a unit are in the bucket: no node of this backward needs its values again."""
+        """Every parameter of a unit has a gradient: it goes as soon as the backward of no use is under way.
+
+        Re-entrant checkpointing takes gradients use by use, so more of them may come.
+        """
         index = self._index[id(unit)]
-        self._backward_users[index] = 0
-        if self._active[index] == 0:
+        self._complete[index] = True
+        if self._active[index] == 0 and self._backward_users[index] == 0:
             self._owner.gatherer.release(unit)
 
     def end_of_backward(self) -> None:
         """Whatever is still whole (unused parameters, wrong guesses) goes."""
         for index, unit in enumerate(self._units):
             self._backward_users[index] = 0
+            self._complete[index] = False
             if self._active[index] == 0 and unit.state is not Whole.ABSENT:
                 self._owner.gatherer.release(unit)
 

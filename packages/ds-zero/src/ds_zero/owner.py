@@ -17,7 +17,7 @@ from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner
 from ds_core.state.unit import FlatUnit, Precision, Whole
 from ds_core.state.units import UnitPlan, plan_units
-from ds_zero.gather import Gatherer
+from ds_zero.gatherer import Gatherer
 from ds_zero.hooks import UseHooks
 from ds_zero.materialize import (
     Initializer,
@@ -108,9 +108,9 @@ class ZeroOwner(FlatOwner):
     def gradients_taken(self, unit: FlatUnit) -> None:
         self.uses.gradients_taken(unit)
 
-    def _publish_unit(self, unit: FlatUnit) -> None:
+    def publish_unit(self, unit: FlatUnit) -> None:
         """Whole copies are old now: gather those that stay, forget the others."""
-        if not unit.keep_whole:
+        if not unit.keep_whole and not unit.pinned:
             self.gatherer.release(unit)
             return
         if unit.state is Whole.COMING:
@@ -121,13 +121,17 @@ class ZeroOwner(FlatOwner):
     @contextlib.contextmanager
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:
         """Parameters of `units` are whole and current inside. Collective at stage 3."""
-        brought = [unit for unit in units if unit.state is not Whole.READY]
-        self.gatherer.acquire_all(brought)
+        stay = {id(unit) for unit in units if unit.state is Whole.READY}  # in the middle of a forward
+        self.gatherer.acquire_all(units)
+        for unit in units:
+            unit.pinned += 1
         try:
             yield
         finally:
-            for unit in brought:
-                self.gatherer.release(unit)
+            for unit in units:
+                unit.pinned -= 1
+                if id(unit) not in stay:
+                    self.gatherer.release(unit)
 
 
 def _refuse_too_large(model: nn.Module, mesh: Mesh, config: Settings) -> None:

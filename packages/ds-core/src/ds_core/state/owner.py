@@ -20,7 +20,7 @@ from ds_core.state.reduce import GradReducer
 from ds_core.state.saved import check_shapes, flat_shards, saved_buffers, tied_names
 from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
 from ds_core.state.store import DeviceStore, Store
-from ds_core.state.unit import FlatUnit, Precision, Whole
+from ds_core.state.unit import FlatUnit, LostWriteError, Precision, Whole
 from ds_core.state.units import UnitPlan, plan_units
 
 # parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter.
@@ -171,11 +171,13 @@ class FlatOwner:
                 unit.refresh_local()
             # Autograd must notice, as it would after a plain optimizer's in-place update.
             torch.autograd.graph.increment_version(unit.params)
-            self._publish_unit(unit)
+            unit.note_versions()
+            self.publish_unit(unit)
         if wait:
             self.settle()
 
-    def _publish_unit(self, unit: FlatUnit) -> None:
+    def publish_unit(self, unit: FlatUnit) -> None:
+        """The unit's `local` changed: bring its whole copy up to date, or forget it. Collective."""
         unit.arrive()
 
     def settle(self) -> None:
@@ -189,6 +191,12 @@ class FlatOwner:
         """Parameters of `units` are whole inside. Collective where they are sharded."""
         self.settle()
         yield
+
+    def refuse_lost_writes(self) -> None:
+        """Raises LostWriteError when a whole parameter was written in place and its master never saw it."""
+        for unit in self.units:
+            if unit.keep_whole and (fqn := unit.lost_write()) is not None:
+                raise LostWriteError(fqn)
 
     # -- looking -------------------------------------------------------------------------------------------
 
@@ -237,7 +245,7 @@ class FlatOwner:
         self.zero_grad()
         for unit in self.units:
             unit.refresh_local()
-            self._publish_unit(unit)
+            self.publish_unit(unit)
         self.settle()
 
 

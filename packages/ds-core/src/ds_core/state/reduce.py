@@ -22,7 +22,7 @@ class _Pending:
 
     bucket: Tensor | None
     filled: list[bool]
-    missing: int  # slots without a gradient in this round
+    taken: list[bool]  # slots with a gradient in this round
 
 
 class GradReducer:
@@ -37,7 +37,7 @@ class GradReducer:
 
     With `whole_grads` gradients stay whole over micro batches, and only the last round before the optimizer
     step launches. Which round is the last is learned from the step before; a wrong guess costs bytes, never
-    correctness, since reduction is linear.
+    correctness, since reduction is linear. With `hold` gradients stay whole in any case.
     """
 
     def __init__(
@@ -54,10 +54,11 @@ class GradReducer:
         self.units = list(units)
         self.order = list(reversed(range(len(self.units))))
         self.last: bool | None = None  # said by the engine; None: guess
+        self.hold = False  # nothing is launched in rounds that begin while this is set
         self.in_round = False
         self._comm, self._control = comm, control
         self._sharded, self._whole_grads, self._codec, self._overlap = sharded, whole_grads, codec, overlap
-        self._pending = [_Pending(None, [False] * len(u.params), len(u.params)) for u in self.units]
+        self._pending = [_Pending(None, [False] * len(u.params), [False] * len(u.params)) for u in self.units]
         self._in_flight: list[Ticket] = []
         self._cursor = 0
         self._launching = False
@@ -78,9 +79,9 @@ class GradReducer:
         self._drained = False
         self._cursor = 0
         for unit_pending in self._pending:
-            unit_pending.missing = len(unit_pending.filled)
+            unit_pending.taken = [False] * len(unit_pending.filled)
         guess = self._expected_rounds == self._rounds + 1 if self.last is None else self.last
-        self._launching = not self._whole_grads or guess
+        self._launching = not self.hold and (not self._whole_grads or guess)
 
     def take(self, index: int, slot_index: int, grad: Tensor) -> bool:
         """Copy one gradient into its bucket. True when the unit has all of them for this round."""
@@ -99,8 +100,9 @@ class GradReducer:
             here.copy_(grad)
             pending.filled[slot_index] = True
         self._seen[index][slot_index] = True
-        pending.missing -= 1
-        if pending.missing != 0:
+        again = pending.taken[slot_index]
+        pending.taken[slot_index] = True
+        if again or not all(pending.taken):
             return False
         self._finished.append(index)
         if self._launching and self._overlap:
@@ -127,7 +129,7 @@ class GradReducer:
         return self._comm.allocate(unit.layout.numel, dtype)
 
     def _launch_ready(self) -> None:
-        while self._cursor < len(self.order) and self._pending[self.order[self._cursor]].missing <= 0:
+        while self._cursor < len(self.order) and all(self._pending[self.order[self._cursor]].taken):
             self._launch(self.order[self._cursor])
             self._cursor += 1
 

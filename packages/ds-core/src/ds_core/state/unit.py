@@ -9,9 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from ds_core.ground.ticket import Ticket
+from ds_core.state.absent import mark_absent, mark_present
 from ds_core.state.layout import BucketLayout, Cut, plan_layout
 from ds_core.state.store import Lease, Store
 from ds_core.state.units import UnitPlan
+
+
+class LostWriteError(RuntimeError):
+    """A parameter was written where the write does not reach its master."""
+
+    def __init__(self, fqn: str) -> None:
+        super().__init__(
+            f"parameter {fqn} was written in place, but its master copy is sharded and never saw it, so the "
+            f"write would be lost: write inside `with ds_zero.gather(param, write=0):`"
+        )
 
 
 class Whole(enum.Enum):
@@ -82,6 +93,9 @@ class FlatUnit:
         self.state = Whole.ABSENT
         self.ticket: Ticket | None = None
         self.gradient: Tensor | None = None
+        self.pinned = 0  # how many `gather` contexts want it whole
+        self._gone = False
+        self._versions: list[int] = []  # of `params`, when they last equalled the masters
         self.has_grad: list[bool] = [False] * len(self.params)  # per slot, on any rank; true after drain
         self.whole: Tensor
         self.local: Tensor
@@ -116,13 +130,16 @@ class FlatUnit:
             store.create(f"{self.key}/master", master)
         self.state = Whole.READY
         self._point_at_whole()
+        self.note_versions()
         if not self.keep_whole:
             self.let_go()
 
     # -- the whole copy ------------------------------------------------------------------------------------
 
     def _point_at_whole(self) -> None:
+        self._shift_versions(gone=False)
         for slot, param in zip(self.layout.slots, self.params, strict=True):
+            mark_present(param)
             param.data = self.whole[slot.start : slot.end].view(slot.shape)
 
     def make_room(self) -> Tensor:
@@ -140,6 +157,7 @@ class FlatUnit:
         self.state = Whole.READY
         if not self.keep_whole:
             self._point_at_whole()
+            self.note_versions()
 
     def let_go(self) -> None:
         """Free the whole copy. See [Note: buffers are let go by resize]."""
@@ -147,9 +165,44 @@ class FlatUnit:
             self.ticket.wait()
             self.ticket = None
         for slot, param in zip(self.layout.slots, self.params, strict=True):
+            mark_present(param)
             param.data = self._poison.expand(slot.shape)
+        written = None if self._gone else self.lost_write()
+        self._shift_versions(gone=True)
+        for slot, param in zip(self.layout.slots, self.params, strict=True):
+            mark_absent(param, slot.fqn)
         self.whole.untyped_storage().resize_(0)
         self.state = Whole.ABSENT
+        if written is not None:
+            raise LostWriteError(written)
+
+    def _shift_versions(self, *, gone: bool) -> None:
+        """While its values are gone a parameter counts as written, so autograd will not use what it saved.
+
+        Only a backward that runs while the unit is away sees it: the count goes back when the unit arrives.
+        """
+        if gone != self._gone:
+            step = 1 if gone else -1
+            torch._C._autograd._unsafe_set_version_counter(
+                tuple(self.params), tuple(param._version + step for param in self.params)
+            )
+            self._gone = gone
+
+    # -- writes --------------------------------------------------------------------------------------------
+
+    def note_versions(self) -> None:
+        """From here on in-place writes to the parameters are noticed."""
+        self._versions = [param._version for param in self.params]
+
+    def lost_write(self) -> str | None:
+        """The name of a parameter that was written in place although its master, elsewhere, never saw it."""
+        if self.keep_whole and not self.separate_master and self.layout.world == 1:
+            return None  # the parameter is the master
+        for slot, param, noted in zip(self.layout.slots, self.params, self._versions, strict=True):
+            if param._version != noted:
+                self.note_versions()  # said once
+                return slot.fqn
+        return None
 
     # -- what the optimizer and checkpoints see ------------------------------------------------------------
 
@@ -186,3 +239,4 @@ class FlatUnit:
             with self.master() as lease:
                 lease.tensor.copy_(part)
                 lease.dirty = True
+        self.note_versions()

@@ -208,6 +208,7 @@ class ShardedOptimizer:
         return [unit.gradient for unit in self.owner.trainable if unit.gradient is not None]
 
     def _before_step(self, *_: Any) -> None:
+        self.owner.refuse_lost_writes()
         self.show_grads()
         self.owner.changes.open()
 

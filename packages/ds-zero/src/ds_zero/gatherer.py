@@ -47,6 +47,6 @@ class Gatherer:
             self.acquire(unit)
 
     def release(self, unit: FlatUnit) -> None:
-        """Let the whole copy go, unless this unit keeps it."""
-        if not unit.keep_whole and unit.state is not Whole.ABSENT:
+        """Let the whole copy go, unless this unit keeps it or someone holds it."""
+        if not unit.keep_whole and not unit.pinned and unit.state is not Whole.ABSENT:
             unit.let_go()
