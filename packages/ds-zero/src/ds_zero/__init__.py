@@ -15,6 +15,7 @@ _HOME: dict[str, str] = {
     "full_tensor": "ds_zero.full",
     "gather": "ds_zero.full",
     "no_sync": "ds_zero.accumulate",
+    "set_full_grad": "ds_zero.full",
     "set_full_optimizer_state": "ds_zero.full",
     "set_full_tensor": "ds_zero.full",
     "shard": "ds_zero.zero",

@@ -49,6 +49,20 @@ def full_grad(param: Tensor) -> Tensor | None:
     return _whole(owner, param, unit.gradient)
 
 
+def set_full_grad(param: Tensor, value: Tensor) -> None:
+    """`value`, the same on every rank, becomes the gradient of the next step; each rank keeps its part.
+
+    Collective. Raises ValueError on another shape, and when no rank has a gradient to replace.
+    """
+    owner = owner_of(param)
+    unit, index = owner.place(param)
+    slot = unit.layout.slots[index]
+    owner.drain()
+    if unit.gradient is None or not unit.has_grad[index]:
+        raise ValueError(f"{slot.fqn} has no gradient to replace: run a backward first")
+    _write_part(unit, index, unit.gradient, value)
+
+
 def set_full_tensor(param: Tensor, value: Tensor) -> None:
     """`value`, the same on every rank, becomes the parameter: master first, then every copy. Collective.
 
@@ -56,15 +70,8 @@ def set_full_tensor(param: Tensor, value: Tensor) -> None:
     """
     owner = owner_of(param)
     unit, index = owner.place(param)
-    slot = unit.layout.slots[index]
-    if value.shape != slot.shape:
-        raise ValueError(f"{slot.fqn} has shape {tuple(slot.shape)}, the new value {tuple(value.shape)}")
     owner.changes.open()
-    flat = value.detach().reshape(-1)
-    for overlap in unit.layout.overlaps(unit.rank):
-        if overlap.index == index:
-            low, high = overlap.local
-            unit.values()[low:high].copy_(flat[overlap.begin : overlap.begin + high - low])
+    _write_part(unit, index, unit.values(), value)
     unit.refresh_local()
     owner.publish_unit(unit)
     owner.settle()
@@ -142,6 +149,18 @@ def gather(params: Tensor | nn.Module | Iterable[Tensor], *, write: int | None =
             for unit in units:
                 if (fqn := unit.lost_write()) is not None:
                     raise LostWriteError(fqn)
+
+
+def _write_part(unit: FlatUnit, index: int, shard: Tensor, value: Tensor) -> None:
+    """This rank's part of a whole `value` into `shard` [shard_numel]. Raises ValueError on another shape."""
+    slot = unit.layout.slots[index]
+    if value.shape != slot.shape:
+        raise ValueError(f"{slot.fqn} has shape {tuple(slot.shape)}, the new value {tuple(value.shape)}")
+    flat = value.detach().reshape(-1)
+    for overlap in unit.layout.overlaps(unit.rank):
+        if overlap.index == index:
+            low, high = overlap.local
+            shard[low:high].copy_(flat[overlap.begin : overlap.begin + high - low])
 
 
 def _take_written(owner: FlatOwner, units: Iterable[FlatUnit], *, root: int) -> None:

@@ -56,7 +56,7 @@ def when_all_have_gradients(tensors: Sequence[Tensor], fn: Callable[[], None]) -
             fn()
 
     for tensor in tensors:
-        tensor.register_hook(hook)
+        tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 class UseHooks:

@@ -60,6 +60,12 @@ def attached(optimizer: Optimizer | ShardedOptimizer) -> ShardedOptimizer:
     return found
 
 
+def optimizers_of(owner: FlatOwner) -> list[ShardedOptimizer]:
+    """Every optimizer that steps on shards of this owner, oldest first."""
+    found = [entry() for entry in _ATTACHED.values()]
+    return [sharded for sharded in found if sharded is not None and sharded.owner is owner]
+
+
 @dataclass(slots=True)
 class _Piece:
     """The part of one parameter that this rank updates."""

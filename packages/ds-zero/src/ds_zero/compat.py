@@ -1,0 +1,139 @@
+"""DeepSpeed's names for looking at sharded parameters and writing them, on the same functions as ours.
+
+`from ds_zero.compat import GatheredParameters, safe_get_full_fp32_param` in place of `deepspeed.zero` and
+`deepspeed.utils`. Unlike there, a tensor that is not sharded raises LookupError in the `safe_*` functions
+instead of giving None.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from ds_core.state.owner import FlatOwner, owner_of
+from ds_core.state.unit import FlatUnit
+from ds_core.train.optim import ShardedOptimizer, optimizers_of
+from ds_zero.full import (
+    full_grad,
+    full_optimizer_state,
+    full_tensor,
+    gather,
+    set_full_grad,
+    set_full_optimizer_state,
+    set_full_tensor,
+)
+
+
+@contextlib.contextmanager
+def GatheredParameters(
+    params: Tensor | nn.Module | Iterable[Tensor],
+    modifier_rank: int | None = None,
+    fwd_module: nn.Module | None = None,
+    enabled: bool = True,
+) -> Iterator[None]:
+    """`gather(params, write=modifier_rank)`; ordinary tensors among `params` are whole already and ignored.
+
+    `fwd_module` is accepted for DeepSpeed's callers: a unit knows its users. Collective.
+    """
+    given = list(params.parameters()) if isinstance(params, nn.Module) else params
+    listed = [given] if isinstance(given, Tensor) else list(given)
+    sharded = [param for param in listed if _is_sharded(param)]
+    with gather(sharded, write=modifier_rank) if enabled and sharded else contextlib.nullcontext():
+        yield
+
+
+def _is_sharded(param: Tensor) -> bool:
+    try:
+        owner_of(param)
+    except LookupError:
+        return False
+    return True
+
+
+def safe_get_full_fp32_param(param: Tensor) -> Tensor:
+    """The master, whole, in fp32. Collective."""
+    return full_tensor(param, master=True).float()
+
+
+def safe_set_full_fp32_param(param: Tensor, value: Tensor) -> None:
+    """The same whole `value` on every rank becomes the master and every copy. Collective."""
+    set_full_tensor(param, value)
+
+
+def safe_get_full_grad(param: Tensor) -> Tensor | None:
+    """The mean gradient, whole; None where there is none. Collective."""
+    return full_grad(param)
+
+
+def safe_set_full_grad(param: Tensor, value: Tensor) -> None:
+    """The same whole `value` on every rank becomes the gradient of the next step. Collective."""
+    set_full_grad(param, value)
+
+
+def safe_get_full_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
+    """A state such as "exp_avg", whole; None before it exists. Collective."""
+    found = _with_state(param, optim_state_key)
+    return None if found is None else found[1]
+
+
+def safe_set_full_optimizer_state(param: Tensor, value: Tensor, optim_state_key: str) -> None:
+    """The same whole `value` on every rank becomes the state. Collective. KeyError if there is none."""
+    found = _with_state(param, optim_state_key)
+    if found is None:
+        owner = owner_of(param)
+        unit, index = owner.place(param)
+        raise KeyError(
+            f"no optimizer keeps a state {optim_state_key!r} of {unit.layout.slots[index].fqn} yet"
+        )
+    set_full_optimizer_state(found[0], param, optim_state_key, value)
+
+
+def _with_state(param: Tensor, name: str) -> tuple[ShardedOptimizer, Tensor] | None:
+    """The first optimizer of the owner that keeps this state, and its whole value. Collective."""
+    for sharded in optimizers_of(owner_of(param)):
+        value = full_optimizer_state(sharded, param, name)
+        if value is not None:
+            return sharded, value
+    return None
+
+
+def safe_get_local_fp32_param(param: Tensor) -> Tensor | None:
+    """This rank's part of the master, flat and live: [n]; None where the rank holds none of it."""
+    _, unit, index = _place(param)
+    return _local(unit, index, unit.values())
+
+
+def safe_get_local_grad(param: Tensor) -> Tensor | None:
+    """This rank's part of the reduced gradient, flat and live; None where there is none. Collective."""
+    owner, unit, index = _place(param)
+    owner.drain()
+    if unit.gradient is None or not unit.has_grad[index]:
+        return None
+    return _local(unit, index, unit.gradient)
+
+
+def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
+    """This rank's part of a state, as the optimizer keeps it; None where the rank holds none of it."""
+    owner, unit, index = _place(param)
+    for sharded in optimizers_of(owner):
+        for piece in sharded.pieces:
+            if piece.unit is unit and piece.overlap.index == index:
+                value = sharded.optimizer.state.get(piece.param, {}).get(optim_state_key)
+                if isinstance(value, Tensor):
+                    return value
+    return None
+
+
+def _place(param: Tensor) -> tuple[FlatOwner, FlatUnit, int]:
+    owner = owner_of(param)
+    unit, index = owner.place(param)
+    return owner, unit, index
+
+
+def _local(unit: FlatUnit, index: int, shard: Tensor) -> Tensor | None:
+    for overlap in unit.layout.overlaps(unit.rank):
+        if overlap.index == index:
+            return shard[slice(*overlap.local)]
+    return None
