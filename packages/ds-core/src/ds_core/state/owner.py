@@ -192,9 +192,21 @@ class FlatOwner:
         self.settle()
         yield
 
-    def refuse_lost_writes(self) -> None:
-        """Raises LostWriteError when a whole parameter was written in place and its master never saw it."""
+    def refuse_losses(self) -> None:
+        """Before a step: raises when something the user did would have no effect, naming the parameter.
+
+        LostWriteError for an in-place write that no master saw; ValueError for a parameter that was frozen
+        when the model was sharded and requires a gradient now, which nothing would apply.
+        """
         for unit in self.units:
+            if not unit.trainable and any(param.requires_grad for param in unit.params):
+                fqn = next(
+                    s.fqn for s, p in zip(unit.layout.slots, unit.params, strict=True) if p.requires_grad
+                )
+                raise ValueError(
+                    f"parameter {fqn} was frozen when the model was sharded and requires a gradient now, but "
+                    "has no master and no place in the optimizer: set requires_grad before sharding"
+                )
             if unit.keep_whole and (fqn := unit.lost_write()) is not None:
                 raise LostWriteError(fqn)
 

@@ -214,7 +214,7 @@ class ShardedOptimizer:
         return [unit.gradient for unit in self.owner.trainable if unit.gradient is not None]
 
     def _before_step(self, *_: Any) -> None:
-        self.owner.refuse_lost_writes()
+        self.owner.refuse_losses()
         self.show_grads()
         self.owner.changes.open()
 
