@@ -199,12 +199,11 @@ class FlatOwner:
         when the model was sharded and requires a gradient now, which nothing would apply.
         """
         for unit in self.units:
-            if not unit.trainable and any(param.requires_grad for param in unit.params):
-                fqn = next(
-                    s.fqn for s, p in zip(unit.layout.slots, unit.params, strict=True) if p.requires_grad
-                )
+            slots = zip(unit.layout.slots, unit.params, strict=True)
+            thawed = [slot.fqn for slot, param in slots if param.requires_grad and not unit.trainable]
+            if thawed:
                 raise ValueError(
-                    f"parameter {fqn} was frozen when the model was sharded and requires a gradient now, but "
+                    f"parameter {thawed[0]} was frozen when the model was sharded and requires a gradient now, but "
                     "has no master and no place in the optimizer: set requires_grad before sharding"
                 )
             if unit.keep_whole and (fqn := unit.lost_write()) is not None:
