@@ -203,8 +203,8 @@ class FlatOwner:
             thawed = [slot.fqn for slot, param in slots if param.requires_grad and not unit.trainable]
             if thawed:
                 raise ValueError(
-                    f"parameter {thawed[0]} was frozen when the model was sharded and requires a gradient now, but "
-                    "has no master and no place in the optimizer: set requires_grad before sharding"
+                    f"parameter {thawed[0]} was frozen when the model was sharded and requires a gradient "
+                    "now, but has no master and no place in the optimizer: set requires_grad before sharding"
                 )
             if unit.keep_whole and (fqn := unit.lost_write()) is not None:
                 raise LostWriteError(fqn)
