@@ -291,3 +291,40 @@ def test_thawing_a_frozen_parameter_is_refused_and_freezing_is_obeyed(stage: int
     model(IDS).sum().backward()
     with pytest.raises(ValueError, match=r"blocks\.0\.bias was frozen when the model was sharded"):
         optimizer.step()
+
+
+class Teacher(nn.Module):
+    """A frozen copy that follows its student by in-place writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student = nn.Linear(4, 4)
+        self.teacher = nn.Linear(4, 4).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.student(x) - self.teacher(x)).square().sum()
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@distributed(2)
+def test_a_frozen_teacher_may_be_written(stage: int, dtype: str | None) -> None:
+    torch.manual_seed(0)
+    model = Teacher()
+    optimizer = torch.optim.SGD(model.student.parameters(), lr=0.1)
+    ShardedOptimizer(optimizer, Zero.model_validate({"stage": stage, "dtype": dtype}).shard(model))
+    x = torch.ones(1, 4, dtype=model.student.weight.dtype)
+    for _ in range(2):
+        model(x).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        student = full_tensor(model.student.weight)
+        with gather(model.teacher, write=0) if stage == 3 else contextlib.nullcontext(), torch.no_grad():
+            model.teacher.weight.lerp_(student, 0.5)
+        expected = full_tensor(model.teacher.weight)
+        model(x).backward()
+        assert torch.equal(full_tensor(model.teacher.weight), expected)
+        optimizer.zero_grad()
+    if stage == 3:
+        with pytest.raises(LostWriteError, match=r"teacher\.weight"), gather(model.teacher), torch.no_grad():
+            model.teacher.weight.zero_()

@@ -196,8 +196,9 @@ class FlatUnit:
 
     def lost_write(self) -> str | None:
         """The name of a parameter that was written in place although its master, elsewhere, never saw it."""
-        if self.keep_whole and not self.separate_master and self.layout.world == 1:
-            return None  # the parameter is the master
+        own_master = not self.separate_master and self.layout.world == 1
+        if self.keep_whole and (own_master or not self.trainable):
+            return None  # the parameter is its own master
         for slot, param, noted in zip(self.layout.slots, self.params, self._versions, strict=True):
             if param._version != noted:
                 self.note_versions()  # said once
