@@ -228,6 +228,8 @@ def test_gradients_and_state_are_whole_for_people(rank: int, stage: int, dtype: 
         step = full_optimizer_state(optimizer, param, "step")
         assert step is not None
         assert float(step) == 1.0
+        set_full_optimizer_state(optimizer, param, "step", torch.tensor(-3.0))
+        assert float(full_optimizer_state(optimizer, param, "step") or 0) == -3.0
         master = full_tensor(param, master=True)
         assert master.dtype == torch.float32
         assert torch.equal(master.to(param.dtype), full_tensor(param))

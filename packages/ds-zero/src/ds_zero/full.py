@@ -194,7 +194,8 @@ def _agree_on_state(
     """The dtype of a state on any rank that has some of it, and its value if 0-dim. Collective."""
     states = [state.get(name) for _, state in _states(sharded, param)]
     held = next((value for value in states if isinstance(value, Tensor)), None)
-    seen = torch.zeros(2 + len(_STATE_DTYPES))
+    seen = torch.zeros(2 + len(_STATE_DTYPES), dtype=torch.float64)
+    seen[1] = float("-inf")  # a 0-dim state may be negative
     if held is not None:
         seen[2 + _STATE_DTYPES.index(held.dtype)] = 1.0
         if held.dim() == 0:
