@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from ds_core.state.owner import FlatOwner, owner_of
+from ds_core.state.owner import owner_of
 from ds_core.state.unit import FlatUnit
 from ds_core.train.optim import ShardedOptimizer, optimizers_of
 from ds_zero.full import (
@@ -23,6 +23,7 @@ from ds_zero.full import (
     set_full_grad,
     set_full_optimizer_state,
     set_full_tensor,
+    states_here,
 )
 
 
@@ -101,13 +102,14 @@ def _with_state(param: Tensor, name: str) -> tuple[ShardedOptimizer, Tensor] | N
 
 def safe_get_local_fp32_param(param: Tensor) -> Tensor | None:
     """This rank's part of the master, flat and live: [n]; None where the rank holds none of it."""
-    _, unit, index = _place(param)
+    unit, index = owner_of(param).place(param)
     return _local(unit, index, unit.values())
 
 
 def safe_get_local_grad(param: Tensor) -> Tensor | None:
     """This rank's part of the reduced gradient, flat and live; None where there is none. Collective."""
-    owner, unit, index = _place(param)
+    owner = owner_of(param)
+    unit, index = owner.place(param)
     owner.drain()
     if unit.gradient is None or not unit.has_grad[index]:
         return None
@@ -116,24 +118,14 @@ def safe_get_local_grad(param: Tensor) -> Tensor | None:
 
 def safe_get_local_optimizer_state(param: Tensor, optim_state_key: str) -> Tensor | None:
     """This rank's part of a state, as the optimizer keeps it; None where the rank holds none of it."""
-    owner, unit, index = _place(param)
-    for sharded in optimizers_of(owner):
-        for piece in sharded.pieces:
-            if piece.unit is unit and piece.overlap.index == index:
-                value = sharded.optimizer.state.get(piece.param, {}).get(optim_state_key)
-                if isinstance(value, Tensor):
-                    return value
+    for sharded in optimizers_of(owner_of(param)):
+        for _, state in states_here(sharded, param):
+            value = state.get(optim_state_key)
+            if isinstance(value, Tensor):
+                return value
     return None
-
-
-def _place(param: Tensor) -> tuple[FlatOwner, FlatUnit, int]:
-    owner = owner_of(param)
-    unit, index = owner.place(param)
-    return owner, unit, index
 
 
 def _local(unit: FlatUnit, index: int, shard: Tensor) -> Tensor | None:
-    for overlap in unit.layout.overlaps(unit.rank):
-        if overlap.index == index:
-            return shard[slice(*overlap.local)]
-    return None
+    overlap = unit.layout.overlap(unit.rank, index)
+    return None if overlap is None else shard[slice(*overlap.local)]

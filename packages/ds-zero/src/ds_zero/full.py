@@ -88,7 +88,7 @@ def full_optimizer_state(optimizer: Optimizer | ShardedOptimizer, param: Tensor,
         return torch.tensor(scalar, dtype=dtype)
     unit, _ = sharded.owner.place(param)
     shard = torch.zeros(unit.layout.shard_numel, dtype=dtype, device=unit.device)
-    for overlap, state in _states(sharded, param):
+    for overlap, state in states_here(sharded, param):
         shard[slice(*overlap.local)] = state[name].reshape(-1)
     return _whole(sharded.owner, param, shard)
 
@@ -111,7 +111,7 @@ def set_full_optimizer_state(
             f"{slot.fqn}/{name} has shape {tuple(slot.shape)}, the new value {tuple(value.shape)}"
         )
     sharded.owner.changes.open()
-    for overlap, state in _states(sharded, param):
+    for overlap, state in states_here(sharded, param):
         mine = value.reshape(-1)
         if scalar is None:
             mine = mine[overlap.begin : overlap.begin + overlap.local[1] - overlap.local[0]]
@@ -156,11 +156,10 @@ def _write_part(unit: FlatUnit, index: int, shard: Tensor, value: Tensor) -> Non
     slot = unit.layout.slots[index]
     if value.shape != slot.shape:
         raise ValueError(f"{slot.fqn} has shape {tuple(slot.shape)}, the new value {tuple(value.shape)}")
-    flat = value.detach().reshape(-1)
-    for overlap in unit.layout.overlaps(unit.rank):
-        if overlap.index == index:
-            low, high = overlap.local
-            shard[low:high].copy_(flat[overlap.begin : overlap.begin + high - low])
+    overlap = unit.layout.overlap(unit.rank, index)
+    if overlap is not None:
+        low, high = overlap.local
+        shard[low:high].copy_(value.detach().reshape(-1)[overlap.begin : overlap.begin + high - low])
 
 
 def _take_written(owner: FlatOwner, units: Iterable[FlatUnit], *, root: int) -> None:
@@ -181,7 +180,7 @@ def _whole(owner: FlatOwner, param: Tensor, shard: Tensor) -> Tensor:
     return flat[slot.start : slot.end].clone().view(slot.shape)
 
 
-def _states(sharded: ShardedOptimizer, param: Tensor) -> list[tuple[Overlap, dict[str, Any]]]:
+def states_here(sharded: ShardedOptimizer, param: Tensor) -> list[tuple[Overlap, dict[str, Any]]]:
     """What this rank's optimizer keeps of one parameter, with the part that it is of."""
     unit, index = sharded.owner.place(param)
     mine = [piece for piece in sharded.pieces if piece.unit is unit and piece.overlap.index == index]
@@ -192,7 +191,7 @@ def _agree_on_state(
     sharded: ShardedOptimizer, param: Tensor, name: str
 ) -> tuple[torch.dtype | None, float | None]:
     """The dtype of a state on any rank that has some of it, and its value if 0-dim. Collective."""
-    states = [state.get(name) for _, state in _states(sharded, param)]
+    states = [state.get(name) for _, state in states_here(sharded, param)]
     held = next((value for value in states if isinstance(value, Tensor)), None)
     seen = torch.zeros(2 + len(_STATE_DTYPES), dtype=torch.float64)
     seen[1] = float("-inf")  # a 0-dim state may be negative

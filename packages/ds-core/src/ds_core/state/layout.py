@@ -68,6 +68,10 @@ class BucketLayout:
                 found.append(Overlap(index, slot, (start - low, end - low), start - slot.start))
         return found
 
+    def overlap(self, rank: int, index: int) -> Overlap | None:
+        """The part of slot `index` that `rank` owns, if it owns any."""
+        return next((part for part in self.overlaps(rank) if part.index == index), None)
+
 
 def plan_layout(
     params: Iterable[tuple[str, Sequence[int]]], world: int, *, align: int = 8, cut: Cut = "flat"

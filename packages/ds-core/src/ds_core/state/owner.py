@@ -199,8 +199,8 @@ class FlatOwner:
         when the model was sharded and requires a gradient now, which nothing would apply.
         """
         for unit in self.units:
-            slots = zip(unit.layout.slots, unit.params, strict=True)
-            thawed = [slot.fqn for slot, param in slots if param.requires_grad and not unit.trainable]
+            frozen = [] if unit.trainable else zip(unit.layout.slots, unit.params, strict=True)
+            thawed = [slot.fqn for slot, param in frozen if param.requires_grad]
             if thawed:
                 raise ValueError(
                     f"parameter {thawed[0]} was frozen when the model was sharded and requires a gradient "
