@@ -84,7 +84,7 @@ def menu(repo: Repo) -> list[Any]:
     """The order of the menu; decisions and packages are found, not listed."""
     names = [project["name"] for project in repo.projects.values()]
     decisions = sorted(p.name for p in (repo.root / "docs" / "decisions").glob("[0-9]*.md"))
-    guides = sorted(f"guides/{p.name}" for p in (repo.root / "docs" / "guides").glob("*.md"))
+    guides = sorted(p.name for p in (repo.root / "docs" / "guides").glob("*.md") if p.stem != "index")
     loose = {p.name for p in (repo.root / "docs").glob("*.md")} - {"rooms.md", "style.md", "glossary.md"}
     return [
         {"Start": "index.md"},
@@ -92,7 +92,7 @@ def menu(repo: Repo) -> list[Any]:
         {"API": [{n: f"api/{n}.md"} for n in names]},
         {"Rooms": "rooms.md"},
         *sorted(loose),
-        *([{"Guides": guides}] if guides else []),
+        {"Guides": ["guides/index.md", *(f"guides/{n}" for n in guides)]},
         {"Glossary": "glossary.md"},
         {"Style": "style.md"},
         {"Decisions": ["decisions/index.md", *(f"decisions/{n}" for n in decisions)]},
