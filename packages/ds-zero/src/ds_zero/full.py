@@ -173,10 +173,7 @@ def _take_written(owner: FlatOwner, units: Iterable[FlatUnit], *, root: int) -> 
 def _whole(owner: FlatOwner, param: Tensor, shard: Tensor) -> Tensor:
     """A copy of one parameter's part of all ranks' shards [shard_numel] in a row. Collective."""
     unit, index = owner.place(param)
-    slot, flat = unit.layout.slots[index], shard
-    if unit.layout.world > 1:
-        flat = torch.empty(unit.layout.numel, dtype=shard.dtype, device=shard.device)
-        owner.gather_comm.all_gather(flat, shard).wait()
+    slot, flat = unit.layout.slots[index], owner.gather_shards(unit, shard)
     return flat[slot.start : slot.end].clone().view(slot.shape)
 
 

@@ -71,6 +71,7 @@ class ZeroOwner(FlatOwner):
         mesh = mesh or Topology().build()
         _refuse_too_large(model, mesh, config)
         self.lifetime: Lifetime = config.lifetime
+        self._gather_codec = gather
 
         def keep_whole(plan: UnitPlan) -> bool:
             return self.lifetime.whole_params or plan.numel < config.persist_numel
@@ -89,7 +90,11 @@ class ZeroOwner(FlatOwner):
             keep_whole=keep_whole,
             lossy_gather=gather is not None,
         )
-        self.gatherer = Gatherer(self.gather_comm, gather)
+
+    def _connect(self) -> None:
+        super()._connect()
+        config = self.config
+        self.gatherer = Gatherer(self.gather_comm, self._gather_codec)
         prefetch = config.prefetch_numel if config.overlap else 0
         self.uses = UseHooks(self, prefetch_numel=prefetch, keep_numel=config.keep_numel)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from ds_core.ground.wire import Codec
 from ds_core.state.hooks import OwnerHooks, dtype_of
 from ds_core.state.layout import Cut
 from ds_core.state.reduce import GradReducer
-from ds_core.state.saved import check_shapes, flat_shards, saved_buffers, tied_names
-from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
+from ds_core.state.saved import SavedUnits
+from ds_core.state.shard import ChangeGate
 from ds_core.state.store import DeviceStore, Store
 from ds_core.state.unit import FlatUnit, LostWriteError, Precision, Whole
 from ds_core.state.units import UnitPlan, plan_units
@@ -38,7 +38,7 @@ def owner_of(param: Tensor) -> FlatOwner:
     return owner
 
 
-class FlatOwner:
+class FlatOwner(SavedUnits):
     """Parameters in flat units, gradients through one reducer, in place on the user's own module.
 
     `sharded`: each rank keeps 1/world of masters, gradients and optimizer state along the data axis.
@@ -70,21 +70,34 @@ class FlatOwner:
         self.comm = self.mesh.communicator(self.axis, "reduce")
         self.gather_comm = self.mesh.communicator(self.axis, "gather")
         self.control = self.mesh.communicator(self.axis, "control")
-        self._keep_whole, self._lossy_gather = settings.keep_whole, settings.lossy_gather
+        self._settings, self._whole_grads = settings, whole_grads
         _refuse_owned(model)
-        self.units = [self._make_unit(plan) for plan in plan_units(model, bucket_numel=settings.bucket_numel)]
+        self.units = [self._make_unit(plan) for plan in self.plan()]
         for unit in self.units:
             self._fill(unit)
         self._fill_buffers()
+        self.changes = ChangeGate()  # opened right before masters change
+        self.before_next_change = self.changes.before_next_change
+        self._connect()
+        self.mesh.log.clear()
+
+    # -- construction --------------------------------------------------------------------------------------
+
+    def plan(self) -> tuple[UnitPlan, ...]:
+        """The units that the model's present parameters make."""
+        return plan_units(self.model, bucket_numel=self._settings.bucket_numel)
+
+    def _connect(self) -> None:
+        """Everything that follows from `units`: who is trainable, the reducer, the hooks, who owns what."""
         self.trainable = [unit for unit in self.units if unit.trainable]
         self.reducer = GradReducer(
             self.trainable,
             self.comm,
             self.control,
-            sharded=sharded,
-            whole_grads=whole_grads,
-            codec=settings.reduce,
-            overlap=settings.overlap,
+            sharded=self.sharded,
+            whole_grads=self._whole_grads,
+            codec=self._settings.reduce,
+            overlap=self._settings.overlap,
         )
         self.hooks = OwnerHooks(self)
         self._place: dict[int, tuple[FlatUnit, int]] = {
@@ -99,11 +112,6 @@ class FlatOwner:
         for unit in self.units:
             for param in unit.params:
                 _OWNERS[param] = weakref.ref(self)
-        self.changes = ChangeGate()  # opened right before masters change
-        self.before_next_change = self.changes.before_next_change
-        self.mesh.log.clear()
-
-    # -- construction --------------------------------------------------------------------------------------
 
     def _make_unit(self, plan: UnitPlan) -> FlatUnit:
         world = self.comm.world if self.sharded else 1
@@ -115,18 +123,30 @@ class FlatOwner:
             device=self.device,
             precision=self.precision,
             cut=self.cut,
-            keep_whole=self._keep_whole(plan),
-            lossy_gather=self._lossy_gather,
+            keep_whole=self._settings.keep_whole(plan),
+            lossy_gather=self._settings.lossy_gather,
         )
 
     def _fill_buffers(self) -> None:
         for buffer in self.model.buffers():
-            self.comm.broadcast(buffer).wait()
+            self.take_from_first(buffer)
 
     def _fill(self, unit: FlatUnit) -> None:
         flat = unit.flatten()
-        self.comm.broadcast(flat).wait()
+        self.take_from_first(flat)
         unit.adopt(flat, self.store)
+
+    def take_from_first(self, tensor: Tensor) -> None:
+        """The contents of a tensor that every rank has become rank 0's. Collective over all data ranks."""
+        self.comm.broadcast(tensor).wait()
+
+    def gather_shards(self, unit: FlatUnit, shard: Tensor) -> Tensor:
+        """All ranks' shards [shard_numel] of a unit in a row: [numel]. Collective where units are cut."""
+        if unit.layout.world == 1:
+            return shard
+        flat = torch.empty(unit.layout.numel, dtype=shard.dtype, device=shard.device)
+        self.gather_comm.all_gather(flat, shard).wait()
+        return flat
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -217,47 +237,6 @@ class FlatOwner:
         if found is None:
             raise LookupError("this tensor is no parameter of the sharded model")
         return found
-
-    # -- checkpoints ---------------------------------------------------------------------------------------
-
-    def written_part(self, unit: FlatUnit) -> range:
-        """Elements of the unit's shard that this rank writes: all, or 1/world of what every rank holds."""
-        numel = unit.layout.shard_numel
-        if self.sharded:
-            return range(numel)
-        each = -(-numel // self.comm.world)
-        return range(min(numel, each * self.comm.rank), min(numel, each * (self.comm.rank + 1)))
-
-    def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
-        """Parameters (masters where there are any) as this rank's shards, buffers whole, tied names."""
-        self.settle()
-        state: dict[str, Tensor | FlatShard | Json] = {}
-        for unit in self.units:
-            state |= flat_shards(unit, unit.values().detach(), self.written_part(unit))
-        # Buffers may change in any forward, so a checkpoint that copies in the background gets copies.
-        state |= {name: buffer.detach().clone() for name, buffer in saved_buffers(self.model).items()}
-        state["tied"] = tied_names(self.model)
-        return state
-
-    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
-        """Masters, frozen shards and buffers, after every name and shape has been compared."""
-        shapes = {slot.fqn: slot.shape for unit in self.units for slot in unit.layout.slots}
-        shapes |= {name: buffer.shape for name, buffer in saved_buffers(self.model).items()}
-        check_shapes(shapes, {name: info.shape for name, info in saved.items()})
-        self.changes.open()
-        self.settle()
-        targets: dict[str, Tensor | FlatShard] = {}
-        for unit in self.units:
-            targets |= flat_shards(unit, unit.values().detach())
-        return targets | saved_buffers(self.model)
-
-    def load_state_dict(self, values: Mapping[str, Json]) -> None:
-        """After the targets are filled: refresh every copy that is not the master. Collective."""
-        self.zero_grad()
-        for unit in self.units:
-            unit.refresh_local()
-            self.publish_unit(unit)
-        self.settle()
 
 
 class _Options:

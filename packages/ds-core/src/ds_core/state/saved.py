@@ -6,8 +6,70 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ds_core.state.shard import FlatShard
+from ds_core.ground.wire import Communicator
+from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
 from ds_core.state.unit import FlatUnit
+
+
+class SavedUnits:
+    """What an owner of units is to checkpoints: the `Saveable` part of it."""
+
+    model: nn.Module
+    units: list[FlatUnit]
+    comm: Communicator
+    sharded: bool
+    changes: ChangeGate
+
+    def settle(self) -> None:
+        """Everything that is on its way has arrived."""
+        raise NotImplementedError
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, reduced or not."""
+        raise NotImplementedError
+
+    def publish_unit(self, unit: FlatUnit) -> None:
+        """The unit's `local` changed: bring its whole copy up to date, or forget it. Collective."""
+        raise NotImplementedError
+
+    def written_part(self, unit: FlatUnit) -> range:
+        """Elements of the unit's shard that this rank writes: all, or 1/world of what every rank holds."""
+        numel = unit.layout.shard_numel
+        if self.sharded:
+            return range(numel)
+        each = -(-numel // self.comm.world)
+        return range(min(numel, each * self.comm.rank), min(numel, each * (self.comm.rank + 1)))
+
+    def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
+        """Parameters (masters where there are any) as this rank's shards, buffers whole, tied names."""
+        self.settle()
+        state: dict[str, Tensor | FlatShard | Json] = {}
+        for unit in self.units:
+            state |= flat_shards(unit, unit.values().detach(), self.written_part(unit))
+        # Buffers may change in any forward, so a checkpoint that copies in the background gets copies.
+        state |= {name: buffer.detach().clone() for name, buffer in saved_buffers(self.model).items()}
+        state["tied"] = tied_names(self.model)
+        return state
+
+    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
+        """Masters, frozen shards and buffers, after every name and shape has been compared."""
+        shapes = {slot.fqn: slot.shape for unit in self.units for slot in unit.layout.slots}
+        shapes |= {name: buffer.shape for name, buffer in saved_buffers(self.model).items()}
+        check_shapes(shapes, {name: info.shape for name, info in saved.items()})
+        self.changes.open()
+        self.settle()
+        targets: dict[str, Tensor | FlatShard] = {}
+        for unit in self.units:
+            targets |= flat_shards(unit, unit.values().detach())
+        return targets | saved_buffers(self.model)
+
+    def load_state_dict(self, values: Mapping[str, Json]) -> None:
+        """After the targets are filled: refresh every copy that is not the master. Collective."""
+        self.zero_grad()
+        for unit in self.units:
+            unit.refresh_local()
+            self.publish_unit(unit)
+        self.settle()
 
 
 def flat_shards(unit: FlatUnit, values: Tensor, part: range | None = None) -> dict[str, FlatShard]:
