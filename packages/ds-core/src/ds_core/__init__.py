@@ -43,6 +43,8 @@ _HOME: dict[str, str] = {
     "MetricsLog": "ds_core.observe.metrics",
     "TensorBoardSink": "ds_core.observe.metrics",
     "WandbSink": "ds_core.observe.metrics",
+    "FlopsProfiler": "ds_core.observe.flops",
+    "profile_model": "ds_core.observe.flops",
 }
 
 __all__ = ["__version__", *_HOME]
