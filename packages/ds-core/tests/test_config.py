@@ -7,7 +7,8 @@ from typing import Literal, Self
 import pytest
 from pydantic import field_validator, model_validator
 
-from ds_core.setup.config import Config, ConfigError, Layer, Origin, Problem, flatten, nearest
+from ds_core.ground.settings import Origin
+from ds_core.setup.config import Config, ConfigError, Layer, Problem, flatten, nearest
 
 
 class Inner(Config):

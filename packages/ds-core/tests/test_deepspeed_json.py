@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from ds_core.ground.settings import Origin
 from ds_core.setup.batch import ACCUMULATE, MICRO, TRAIN
-from ds_core.setup.config import ConfigError, Layer, Origin
+from ds_core.setup.config import ConfigError, Layer
 from ds_core.setup.deepspeed_json import explain, translate
 from ds_core.setup.plan import Plan
 

@@ -189,7 +189,7 @@ def test_nan_names_the_step_and_leaves_the_checkpoint(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt.PhaseRunner, "_load", _load_then_poison)
         assert main(argv) == 2
-    assert re.search(r"step 4: .*not finite.*first: module", capsys.readouterr().err)
+    assert re.search(r"step 4: .*not finite.*first module: ", capsys.readouterr().err)
     assert sorted(p.name for p in (tmp_path / "checkpoints").rglob("*")) == before
     assert main(argv) == 0
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ds_core.ground.mesh import Mesh
+from ds_core.ground.settings import Setting
 from ds_core.protocols import Codec, Store
 from ds_core.setup.config import Config
 from ds_core.state.hooks import dtype_of
@@ -73,6 +74,23 @@ class Zero(Config):
     @property
     def accumulate_dtype(self) -> torch.dtype | None:
         return dtype_of(self.grad_dtype)
+
+    def settings(self, world: int) -> list[Setting]:
+        """Every field: its value, where it came from, what it does on `world` ranks, or why it does not."""
+        found = []
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            idle = ""
+            if world == 1 and name == "overlap":
+                idle = "one rank has nobody to talk to: "
+            elif name in ("prefetch_numel", "keep_numel", "persist_numel") and self.stage != 3:
+                idle = f"not at stage {self.stage}: "
+            elif value in (None, 0, False):
+                idle = "off: "
+            shown = value if isinstance(value, int | str | None) else getattr(value, "__name__", repr(value))
+            acts = f"{idle}{field.description}"
+            found.append(Setting(f"zero.{name}", shown, self.origin(name), acts, not idle))
+        return found
 
     def shard(
         self,

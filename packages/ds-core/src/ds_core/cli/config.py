@@ -42,7 +42,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the resolved plan. Raises ValueError or OSError for what a user can mend."""
-    from ds_core.setup.config import Layer, Origin
+    from ds_core.ground.settings import Origin
+    from ds_core.setup.config import Layer
     from ds_core.setup.deepspeed_json import explain, translate
 
     if arguments.world < 1:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ds_core.setup.config import Origin, Problem
+from ds_core.ground.settings import Origin
+from ds_core.setup.config import Problem
 
 TRAIN = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"

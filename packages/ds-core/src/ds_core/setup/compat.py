@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 
 from ds_core.ground.accelerator import Accelerator
 from ds_core.ground.mesh import Mesh, Topology
+from ds_core.ground.settings import Origin
 from ds_core.setup import plugins
-from ds_core.setup.config import Origin
 from ds_core.setup.deepspeed_engine import DeepSpeedEngine
 from ds_core.setup.deepspeed_json import explain, translate
 from ds_core.setup.estimate import Count, Recipe, check_fits

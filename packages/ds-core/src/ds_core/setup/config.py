@@ -5,24 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError
 
-Where = Literal["default", "file", "cli", "code", "derived"]
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """Where a value came from, in words a user recognises: "file ds.json", "command line --stage"."""
-
-    kind: Where
-    detail: str = ""
-
-    def __str__(self) -> str:
-        name = "command line" if self.kind == "cli" else self.kind
-        joint = ": " if self.kind == "derived" else " "
-        return f"{name}{joint}{self.detail}" if self.detail else name
+from ds_core.ground.settings import Origin
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,12 +79,20 @@ class DeepSpeedEngine(Engine):
             return super().__call__(*args, **kwargs)
 
     def backward(  # type: ignore[override]  # DeepSpeed's returns the loss
-        self, loss: Tensor, *, retain_graph: bool = False, scale_wrt_gas: bool = True
+        self,
+        loss: Tensor,
+        *,
+        retain_graph: bool = False,
+        scale_wrt_gas: bool = True,
+        tokens: float | Tensor | None = None,
     ) -> Tensor:
-        """As DeepSpeed's. `scale_wrt_gas=False`: the loss is divided by the accumulation already."""
+        """As DeepSpeed's, and `tokens` as Engine's.
+
+        `scale_wrt_gas=False`: the loss is divided by the accumulation already.
+        """
         with self.progress.phase("backward"):
             undivided = loss if scale_wrt_gas else loss * self.accumulate
-            super().backward(undivided, retain_graph=retain_graph)
+            super().backward(undivided, tokens=tokens, retain_graph=retain_graph)
         return loss
 
     def step(self, lr_kwargs: Mapping[str, Any] | None = None) -> StepReport | None:

@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_core.ground.settings import Origin, Setting
 from ds_core.setup.batch import ACCUMULATE, MICRO, TRAIN, Batch, solve_batch
-from ds_core.setup.config import ConfigError, Origin, Problem, merge
-from ds_core.setup.deepspeed_keys import ROWS
+from ds_core.setup.config import ConfigError, Problem, merge
+from ds_core.setup.deepspeed_keys import GATES, ROWS
 from ds_core.setup.findings import DEFAULT, Findings, walk, with_aliases
 from ds_core.setup.named import plan_optimizer, plan_scheduler
-from ds_core.setup.plan import KeyRow, LossScale, Named, Plan, Reporting, Zero
+from ds_core.setup.plan import LossScale, Named, Plan, Reporting, Zero
 from ds_core.setup.readers import DTYPES, as_number, whole
 from ds_core.setup.source import Source, read_layer
 
@@ -40,7 +41,7 @@ def translate(
     return plan
 
 
-def explain(plan: Plan) -> list[KeyRow]:
+def explain(plan: Plan) -> list[Setting]:
     """Every key: what it came to, where it was written, where it acts. The rest is "default"."""
     return list(plan.keys)
 
@@ -250,7 +251,7 @@ def _notices(found: Findings) -> Sequence[str]:
     return [*found.notices, *odd]
 
 
-def _key_rows(found: Findings, plan: Plan) -> Sequence[KeyRow]:
+def _key_rows(found: Findings, plan: Plan) -> Sequence[Setting]:
     solved = {TRAIN: plan.train_batch_size, MICRO: plan.micro_batch_size, ACCUMULATE: plan.accumulate}
     shown = {row.key for row in found.rows}
     rows = []
@@ -261,5 +262,15 @@ def _key_rows(found: Findings, plan: Plan) -> Sequence[KeyRow]:
         if key in solved and not found.given(key):
             source = Origin("derived", "from the batch equation")
         idle = f"not at stage {plan.stage}: " if ".stage3_" in key and plan.stage != 3 else ""
-        rows.append(KeyRow(key, solved.get(key, found.get(key)), source, idle + row.acts))
+        idle = idle or _closed(found, key)
+        rows.append(Setting(key, solved.get(key, found.get(key)), source, idle + row.acts, not idle))
     return [*rows, *found.rows]
+
+
+def _closed(found: Findings, key: str) -> str:
+    """Why a key of a section that is switched off does nothing; empty where it does something."""
+    section, _, name = key.rpartition(".")
+    gate = GATES.get(section)
+    if gate is None or name == gate or f"{section}.{gate}" not in ROWS:
+        return ""
+    return "" if found.get(f"{section}.{gate}") else f"off, since {section}.{gate} is: "

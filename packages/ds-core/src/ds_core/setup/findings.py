@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_core.setup.config import ConfigError, Layer, Origin, Problem, nearest
+from ds_core.ground.settings import Origin, Setting
+from ds_core.setup.config import ConfigError, Layer, Problem, nearest
 from ds_core.setup.deepspeed_keys import ALIASES, GATES, IDLE, ROWS, SECTIONS, Row
-from ds_core.setup.plan import KeyRow
 
 DEFAULT = Origin("default")
 
@@ -23,7 +23,7 @@ class Findings:
     values: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, Origin] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    rows: list[KeyRow] = field(default_factory=list)
+    rows: list[Setting] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
 
     def origin(self, key: str) -> Origin:
@@ -69,7 +69,7 @@ def walk(tree: Mapping[str, Any], prefix: str, found: Findings) -> None:
         key = f"{prefix}{name}"
         if closed and name != GATES[section] and (key in ROWS or name in IDLE.get(section, ())):
             found.rows.append(
-                KeyRow(key, value, found.origin(key), f"off, since {section}.{GATES[section]} is")
+                Setting(key, value, found.origin(key), f"off, since {section}.{GATES[section]} is", False)
             )
         elif key in ROWS:
             _take(ROWS[key], value, found)
@@ -113,12 +113,12 @@ def _take(row: Row, value: Any, found: Findings) -> None:
         if not _is_off(value):
             found.add(row.key, _refusal(row, value))
         else:
-            found.rows.append(KeyRow(row.key, value, found.source(row.key), f"off ({row.why})"))
+            found.rows.append(Setting(row.key, value, found.source(row.key), f"off ({row.why})", False))
     elif row.kind == "always":
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in row.only):
             found.add(row.key, _refusal(row, value))
         else:
-            found.rows.append(KeyRow(row.key, value, found.source(row.key), f"always so: {row.why}"))
+            found.rows.append(Setting(row.key, value, found.source(row.key), f"always so: {row.why}"))
     else:
         try:
             found.values[row.key] = row.read(value)
@@ -126,7 +126,7 @@ def _take(row: Row, value: Any, found: Findings) -> None:
             found.add(row.key, str(error))
             return
         if row.kind == "no effect":
-            found.rows.append(KeyRow(row.key, value, found.source(row.key), f"no effect: {row.why}"))
+            found.rows.append(Setting(row.key, value, found.source(row.key), f"no effect: {row.why}", False))
             if found.values[row.key] != row.default:
                 found.notices.append(f"{row.key} = {value!r} has no effect here: {row.why}")
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ds_core.setup.config import Config, Origin
+from ds_core.ground.settings import Setting
+from ds_core.setup.config import Config
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -55,16 +55,6 @@ class Zero(Config):
     overlap: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class KeyRow:
-    """One line of `explain`: a key, what it came to, where it was written and where it acts."""
-
-    key: str
-    value: Any
-    source: Origin
-    acts: str
-
-
 class Plan(Config):
     """Everything `initialize` builds from. Made by `deepspeed_json.translate`."""
 
@@ -88,7 +78,7 @@ class Plan(Config):
     disable_python_gc: bool = False
     allow_untested_optimizer: bool = True
     notices: tuple[str, ...] = ()
-    keys: tuple[KeyRow, ...] = ()
+    keys: tuple[Setting, ...] = ()
 
     def owner_spec(self) -> dict[str, Any]:
         """What `plugins.resolve("owner", ...)` takes at stages 1 to 3."""

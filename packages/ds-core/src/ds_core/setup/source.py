@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_core.setup.config import Layer, Origin
+from ds_core.ground.settings import Origin
+from ds_core.setup.config import Layer
 
 Source = Mapping[str, Any] | str | Path | Layer
 

@@ -66,6 +66,7 @@ class FlatOwner(SavedUnits):
         self.precision = precision
         self.store: Store = store or DeviceStore()
         settings = _Options(**options)
+        self.options, self.given = settings, frozenset(options)  # for `explain`
         self.cut = settings.cut
         self.comm = self.mesh.communicator(self.axis, "reduce")
         self.gather_comm = self.mesh.communicator(self.axis, "gather")

@@ -14,17 +14,28 @@ def global_norm(optimizer: ShardedOptimizer) -> Tensor:
 
     Collective: drains, then sums one number over the ranks that hold different shards.
     """
+    return square_and_sums(optimizer, None)[0].sqrt().float()
+
+
+def square_and_sums(optimizer: ShardedOptimizer, sums: Tensor | None) -> Tensor:
+    """[1 + n] float64: the squared global norm, and `sums` [n] summed over all ranks in the same message.
+
+    Collective: drains. Without shards every rank knows the norm, and only `sums` travels.
+    """
     optimizer.show_grads()
-    owner = optimizer.owner
-    norms = (
-        torch._foreach_norm(optimizer.gradients(), 2, dtype=torch.float32) if optimizer.gradients() else []
-    )
-    total = torch.zeros((), dtype=torch.float32, device=owner.device)
-    if norms:
-        total = torch.stack(list(norms)).square().sum()
+    owner, gradients = optimizer.owner, optimizer.gradients()
+    square = torch.zeros(1, dtype=torch.float64, device=owner.device)
+    if gradients:
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        square = torch.stack(list(norms)).double().square().sum().view(1)
     if owner.sharded:
-        owner.comm.all_reduce(total.view(1)).wait()
-    return total.sqrt()
+        message = square if sums is None else torch.cat([square, sums])
+        owner.comm.all_reduce(message).wait()
+        return message
+    if sums is None:
+        return square
+    owner.comm.all_reduce(sums).wait()
+    return torch.cat([square, sums])
 
 
 def clip_grad_norm_(optimizer: Optimizer | ShardedOptimizer, max_norm: float) -> Tensor:
@@ -46,9 +57,10 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
-def scale_grads_(optimizer: ShardedOptimizer, factor: Tensor) -> None:
-    """Multiply every reduced gradient by a 0-dim factor, without asking the host (on CPU: not by 1)."""
+def scale_grads_(optimizer: ShardedOptimizer, factor: Tensor | float) -> None:
+    """Multiply every reduced gradient by a factor, without asking the host where it is a device's tensor."""
     gradients = optimizer.gradients()
-    if not gradients or (factor.device.type == "cpu" and float(factor) == 1.0):
+    on_host = not isinstance(factor, Tensor) or factor.device.type == "cpu"
+    if not gradients or (on_host and float(factor) == 1.0):
         return
     torch._foreach_mul_(gradients, factor)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,13 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ds_core.ground.settings import Settings
 from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import FlatShard, Json, Saveable, SavedTensor
-from ds_core.train.clip import clip_coefficient, global_norm, scale_grads_
-from ds_core.train.nonfinite import NonFiniteError, first_nonfinite
+from ds_core.train.clip import scale_grads_, square_and_sums
+from ds_core.train.explain import explain_engine
+from ds_core.train.nonfinite import NonFiniteError, explain_nonfinite
 from ds_core.train.optim import ShardedOptimizer
 from ds_core.train.scale import LossScaler
 from ds_core.train.schedule import saveable
+from ds_core.train.tally import TOKENS_PER_UNIT, Tally
 
 
 class Scheduler(Protocol):
@@ -34,19 +39,23 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one optimizer step did.
+    """What one optimizer step did: the same numbers on every rank, except `bytes_on_wire`.
 
-    `loss`: mean over this rank's micro batches, undivided and unscaled. `grad_norm`: of the averaged,
-    unscaled gradient, before clipping. `bytes_on_wire`: sent by this rank since the step before, by axis.
+    `loss`: mean over all micro batches of all ranks, or over all `tokens` where they were counted; undivided
+    and unscaled. `grad_norm`: of the averaged, unscaled gradient, before clipping. `clipped_norm` =
+    grad_norm * clip_coef is what the optimizer got; both are 0 for a skipped step. `bytes_on_wire`: sent by
+    this rank since the step before, by axis.
     """
 
     step: int
     loss: float
     grad_norm: float
+    clipped_norm: float
     clip_coef: float
     skipped: bool
     lr: float
     loss_scale: float
+    tokens: int | None = None
     bytes_on_wire: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -55,7 +64,13 @@ class Engine:
 
     `engine(batch)` runs the model, `engine.backward(loss)` scales and divides the loss, `engine.step()` acts
     on every `accumulate`-th call. `train_batch` does all three. Collective: every rank makes the same calls.
+    Where micro batches hold different numbers of tokens, `backward(loss, tokens=n)` makes every token count
+    the same. See [Note: tokens are counted at the end].
     """
+
+    overflows_before_naming = (
+        5  # dynamic scales start high: a few overflows in a row are a search, not a fault
+    )
 
     def __init__(
         self,
@@ -77,6 +92,13 @@ class Engine:
             raise ValueError(
                 f"a loss scale is for fp16 only, parameters are {owner.precision.param}; leave it out"
             )
+        if optimizer.owner is not owner:
+            raise ValueError(
+                "the optimizer steps on the parameters of another model: build it from this model's, and "
+                "ShardedOptimizer(optimizer, owner) with the owner that the engine is given"
+            )
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be above 0, or None for no clipping, got {max_norm}")
         self.model, self.owner, self.optimizer = model, owner, optimizer
         self.max_norm, self.accumulate = max_norm, accumulate
         self.scaler, self.scheduler, self.sink = scaler, scheduler, sink
@@ -85,7 +107,9 @@ class Engine:
         self.report: StepReport | None = None
         optimizer.wait = False
         self._micro = 0
-        self._losses: list[Tensor] = []
+        self._tally = Tally()
+        self._spent: weakref.ref[Tensor] | None = None  # the loss whose graph is used up
+        self._overflows = 0  # in a row
         self._again: Callable[[], object] | None = None  # the last forward, should it need explaining
 
     # -- the three-call form -------------------------------------------------------------------------------
@@ -100,42 +124,82 @@ class Engine:
         """Does the next `step` call update the weights?"""
         return self._micro + 1 >= self.accumulate
 
-    def backward(self, loss: Tensor, *, retain_graph: bool = False) -> None:
-        """Backward of loss / accumulate, times the loss scale. Raises ValueError unless it is one number."""
+    def backward(
+        self, loss: Tensor, *, tokens: float | Tensor | None = None, retain_graph: bool = False
+    ) -> None:
+        """Backward of loss / accumulate, times the loss scale.
+
+        Several losses of one micro batch add up: all but the last say `retain_graph=True`.
+        `tokens`: how many the loss is a mean over, on this rank. Given to every backward of a step, on every
+        rank, they replace the division: the step's gradient is the mean over all its tokens. A tensor is not
+        read on the host. Raises ValueError unless the loss is one number with a graph, RuntimeError when it
+        went backward before.
+        """
         if loss.numel() != 1:
             raise ValueError(
                 f"backward needs a loss of one element, got shape {tuple(loss.shape)}; reduce it first"
             )
-        self._losses.append(loss.detach().float().reshape(()))
-        scaled = loss / self.accumulate if self.accumulate > 1 else loss
+        if not loss.requires_grad:
+            raise ValueError(
+                "this loss has no gradient: it was computed under no_grad, or from nothing that trains"
+            )
+        if self._spent is not None and self._spent() is loss:
+            raise RuntimeError(
+                "this loss went backward before, and its graph is gone: run the forward again, or say "
+                "retain_graph=True the first time"
+            )
+        scaled = loss * self._tally.weight(tokens, self.accumulate)
         if self.scaler is not None:
             scaled = self.scaler.scale(scaled)
         with self.owner.micro_step(last=self.at_boundary):
             scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        self._tally.add(loss, tokens, retained=retain_graph)
+        self._spent = None if retain_graph else weakref.ref(loss)
 
     def step(self) -> StepReport | None:
         """Count a micro batch; on the last one update the weights and report, else None.
 
         Raises NonFiniteError before any weight is touched when gradients are not finite and no loss scale can
-        help, naming the step, the rank's loss and the first module that went wrong.
+        help, naming the first module and the first gradient that went wrong; so does an overflow at the
+        smallest loss scale, and every `overflows_before_naming`-th overflow in a row warns with the names.
         """
-        if not self._losses:
-            raise RuntimeError("step() without a backward: call engine.backward(loss) first")
+        self._tally.end_micro()
         self._micro += 1
         if self._micro < self.accumulate:
             return None
         scale = self.scaler.value if self.scaler is not None else 1.0
-        norm = global_norm(self.optimizer) / scale
-        finite = bool(torch.isfinite(norm))
-        if not finite and self.scaler is None:
-            self._explain_nonfinite()
-        coefficient = self._update(norm, scale) if finite else 1.0
-        if not finite:
-            self.optimizer.skip_step()
-            self.skipped_steps += 1
-        if self.scaler is not None:
-            self.scaler.update(overflow=not finite)
-        return self._finish(float(norm), coefficient, scale, skipped=not finite)
+        square, *sums = square_and_sums(self.optimizer, self._tally.sums(self.owner.device)).tolist()
+        try:
+            totals = self._tally.totals(sums)
+        except (ValueError, RuntimeError):
+            self.zero_grad()
+            raise
+        factor = totals.factor / scale
+        norm = math.sqrt(square) * factor
+        finite = math.isfinite(norm)
+        coefficient = 0.0
+        if finite:
+            coefficient = min(1.0, self.max_norm / (norm + 1e-6)) if self.max_norm else 1.0
+            self._update(factor * coefficient)
+            self._overflows = 0
+        else:
+            self._skip()
+        if self.scaler is not None and finite:
+            self.scaler.update(overflow=False)
+        self.global_steps += 1
+        self.report = StepReport(
+            step=self.global_steps,
+            loss=totals.loss,
+            grad_norm=norm,
+            clipped_norm=norm * coefficient if finite else 0.0,
+            clip_coef=coefficient,
+            skipped=not finite,
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            loss_scale=scale,
+            tokens=totals.tokens,
+            bytes_on_wire=self.owner.mesh.log.bytes_by_axis(),
+        )
+        return self._finish(self.report)
 
     def train_batch(self, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor]) -> StepReport:
         """One whole step: `accumulate` micro batches, each `loss_fn(model, batch)`."""
@@ -159,60 +223,71 @@ class Engine:
     def zero_grad(self) -> None:
         """Drop gradients and start the count of micro batches anew."""
         self.optimizer.zero_grad()
-        self._losses.clear()
+        self._tally.clear()
         self._micro = 0
 
-    def _update(self, norm: Tensor, scale: float) -> float:
-        factor = torch.full_like(norm, 1.0 / scale)
-        coefficient = 1.0
-        if self.max_norm:
-            clip = clip_coefficient(norm, self.max_norm)
-            factor, coefficient = factor * clip, float(clip)
+    def _update(self, factor: float) -> None:
         scale_grads_(self.optimizer, factor)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
-        return coefficient
 
-    def _finish(self, norm: float, coefficient: float, scale: float, *, skipped: bool) -> StepReport:
-        log = self.owner.mesh.log
-        loss = float(torch.stack(self._losses).mean())
-        self.global_steps += 1
-        self.report = StepReport(
-            step=self.global_steps,
-            loss=loss,
-            grad_norm=norm,
-            clip_coef=coefficient,
-            skipped=skipped,
-            lr=float(self.optimizer.param_groups[0]["lr"]),
-            loss_scale=scale,
-            bytes_on_wire=log.bytes_by_axis(),
-        )
-        log.clear()
-        self._losses.clear()
+    def _finish(self, report: StepReport) -> StepReport:
+        self.owner.mesh.log.clear()
+        self._tally.clear()
         self._micro, self._again = 0, None
-        if self.sink is not None and not (skipped and math.isnan(loss)):
+        if self.sink is not None and not (report.skipped and math.isnan(report.loss)):
+            counted = {} if report.tokens is None else {"tokens": float(report.tokens)}
             self.sink.log(
-                self.report.step,
-                loss=loss,
-                grad_norm=norm,
-                lr=self.report.lr,
-                loss_scale=scale,
-                skipped=float(skipped),
+                report.step,
+                loss=report.loss,
+                grad_norm=report.grad_norm,
+                clipped_norm=report.clipped_norm,
+                lr=report.lr,
+                loss_scale=report.loss_scale,
+                skipped=float(report.skipped),
+                **counted,
             )
-        return self.report
+        return report
 
-    def _explain_nonfinite(self) -> None:
-        losses = [float(loss) for loss in self._losses]
-        where = first_nonfinite(self.model, self._again) if self._again else None
-        rank = self.owner.comm.rank
+    # -- when gradients are not finite ---------------------------------------------------------------------
+
+    def _skip(self) -> None:
+        """Leave every weight as it is; lower the loss scale, or say what went wrong where it cannot help."""
+        self._overflows += 1
+        if self.scaler is None:
+            raise self._nonfinite(
+                "Lower the learning rate, clip (max_norm), or look at this batch", "gradients are not finite"
+            )
+        try:
+            self.scaler.update(overflow=True)
+        except FloatingPointError as error:
+            raise self._nonfinite("", str(error)) from None
+        if self._overflows % self.overflows_before_naming == 0:
+            where = self._where()
+            if self.owner.comm.rank == 0:
+                warnings.warn(
+                    f"step {self.global_steps + 1}: {self._overflows} overflows in a row, the loss scale is "
+                    f"{self.scaler.value:g} now; {where}. bfloat16 has no such limits",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+        self.optimizer.skip_step()
+        self.skipped_steps += 1
+
+    def _where(self) -> str:
+        return explain_nonfinite(self.model, self.owner, self._again, self._tally.losses)
+
+    def _nonfinite(self, advice: str, what: str) -> NonFiniteError:
+        where = self._where()
         self.zero_grad()
-        raise NonFiniteError(
-            f"step {self.global_steps + 1}: gradients are not finite (rank {rank}'s loss: {losses[-1]:g}); "
-            f"first: {where or 'no module in the forward, so the loss function or a backward'}. "
-            "No weight was changed. Lower the learning rate, clip (max_norm), or look at this batch"
-        )
+        said = f"step {self.global_steps + 1}: {what}; {where}. No weight was changed"
+        return NonFiniteError(f"{said}. {advice}" if advice else said)
+
+    def explain(self) -> Settings:
+        """Every effective setting: its value, where it came from, whether it is active and where it acts."""
+        return explain_engine(self)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -226,7 +301,11 @@ class Engine:
         return found
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
-        return {"global_steps": self.global_steps, "skipped_steps": self.skipped_steps}
+        return {
+            "global_steps": self.global_steps,
+            "skipped_steps": self.skipped_steps,
+            "tokens_per_unit": self._tally.unit,
+        }
 
     def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         if saved:
@@ -236,3 +315,4 @@ class Engine:
     def load_state_dict(self, values: Mapping[str, Json]) -> None:
         self.global_steps = int(values["global_steps"])
         self.skipped_steps = int(values["skipped_steps"])
+        self._tally.unit = float(values.get("tokens_per_unit", TOKENS_PER_UNIT))

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ds_core.setup.config import Layer, Origin, merge
+from ds_core.ground.settings import Origin
+from ds_core.setup.config import Layer, merge
 from ds_core.setup.deepspeed_json import translate
 from ds_core.setup.source import read_layer
 from ds_zero.recipes.flags import Settings

@@ -138,7 +138,7 @@ class PhaseRunner:
         self.step += 1
         if measure:
             self._fill_tables(peak, sum(report.bytes_on_wire.values()))
-        return self.run.ranks.sum(report.loss)[0] / self.split.world
+        return float(report.loss)
 
     def _note(self, loss: float, seconds: float) -> None:
         tokens = self.split.global_batch * self.run.config.seq
