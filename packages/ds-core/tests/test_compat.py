@@ -247,8 +247,7 @@ def test_a_kernel_is_used_where_it_does_the_same(
 def test_parameter_groups_keep_their_options() -> None:
     model = tiny()
     groups = [{"params": [model[0].weight], "weight_decay": 0.0}, {"params": [model[2].weight]}]
-    with pytest.warns(UserWarning, match="2 trainable parameters are in no group"):
-        _, optimizer, _, _ = ds_core.initialize(model=model, model_parameters=groups, config=FILE)
+    _, optimizer, _, _ = ds_core.initialize(model=model, model_parameters=groups, config=FILE)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.1]
 
 

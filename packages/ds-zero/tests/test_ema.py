@@ -14,7 +14,7 @@ from ds_core import CheckpointStore, DynamicScale, Engine
 from ds_core.state.shard import AnnouncesChange, Saveable
 from ds_core.testing.distributed import distributed, run_ranks
 from ds_core.testing.models import CASES
-from ds_core.train.optim import attached
+from ds_core.train.optim import ShardedOptimizer, attached
 from ds_zero import EMA, full_tensor, gather, shard
 
 DECAY = 0.9
@@ -182,14 +182,18 @@ def test_bad_input_is_said(rank: int, world: int) -> None:
     model = CASES["mlp"].build()
     with pytest.raises(LookupError, match="shard the model first"):
         EMA(model)
-    with pytest.warns(UserWarning, match="in no group"):
-        model, first = shard(model, torch.optim.SGD(model.get_submodule("inp").parameters(), lr=0.1), stage=1)
+    model, first = shard(model, torch.optim.SGD(model.get_submodule("inp").parameters(), lr=0.1), stage=1)
     for decay in (1.0, -0.1, float("nan")):
         with pytest.raises(ValueError, match="below 1, got"):
             EMA(model, decay)
     warm = EMA(model, lambda updates: min(0.99, (1 + updates) / (10 + updates)))
+    rest = [p for name, p in model.named_parameters() if not name.startswith("inp.")]
+    second = ShardedOptimizer(torch.optim.SGD(rest, lr=0.1), warm.owner)
+    with pytest.raises(ValueError, match=r"2 optimizers step on this model.*after="):
+        EMA(model)
+    later = EMA(model, after=second)
     step("mlp", model, first, 0, rank, world)
-    assert warm.updates == 1
+    assert (warm.updates, later.updates) == (1, 0)
     low = CASES["mlp"].build().bfloat16()
     low, _ = shard(low, torch.optim.SGD(low.parameters(), lr=0.1), stage=1)
     with pytest.raises(ValueError, match="keeps fp32 masters"):

@@ -40,6 +40,7 @@ _HOME: dict[str, str] = {
     "ConfigError": "ds_core.setup.config",
     "CsvSink": "ds_core.observe.metrics",
     "JsonlSink": "ds_core.observe.metrics",
+    "JointOptimizer": "ds_core.train.joint",
     "MetricsLog": "ds_core.observe.metrics",
     "TensorBoardSink": "ds_core.observe.metrics",
     "WandbSink": "ds_core.observe.metrics",

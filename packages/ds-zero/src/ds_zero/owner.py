@@ -32,7 +32,7 @@ class Settings(Protocol):
     """What the owner reads of `Zero(...)`."""
 
     stage: Literal[1, 2, 3]
-    cut: Cut
+    cut: Cut | frozenset[str]
     bucket_numel: int
     prefetch_numel: int
     keep_numel: int

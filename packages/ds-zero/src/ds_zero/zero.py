@@ -16,7 +16,7 @@ from ds_core.setup.config import Config
 from ds_core.state.hooks import dtype_of
 from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner, ReplicatedOwner
-from ds_core.train.optim import ShardedOptimizer, cut_for
+from ds_core.train.optim import ShardedOptimizer, cut_of_model
 from ds_zero.materialize import Initializer
 from ds_zero.owner import ZeroOwner
 from ds_zero.stages import Lifetime, lifetime_of
@@ -40,7 +40,10 @@ class Zero(Config):
         default=None,
         description="dtype in which gradients accumulate; None: the masters' (fp32 in mixed precision)",
     )
-    cut: Cut = Field(default="flat", description="flat cuts anywhere; whole keeps each parameter on one rank")
+    cut: Cut | frozenset[str] = Field(
+        default="flat",
+        description="flat: anywhere; whole: each parameter on one rank; names: whole where a unit holds one",
+    )
     bucket_numel: int = Field(
         default=1_000_000, ge=1, description="neighbours are put together up to this many elements"
     )
@@ -129,7 +132,7 @@ def shard(
     if stage == 0:
         owner = ReplicatedOwner(model, mesh, dtype=dtype, store=store, reduce=reduce)
     else:
-        config = Zero(stage=stage, dtype=name, cut=cut_for(optimizer))  # type: ignore[arg-type]
+        config = Zero(stage=stage, dtype=name, cut=cut_of_model(model, optimizer))  # type: ignore[arg-type]
         owner = config.shard(model, mesh, store=store, gather=gather, reduce=reduce)
     ShardedOptimizer(optimizer, owner)
     return model, optimizer

@@ -28,7 +28,7 @@ from ds_core.setup.progress import make_audible
 from ds_core.setup.source import Source
 from ds_core.state.owner import FlatOwner, ReplicatedOwner
 from ds_core.train.engine import Sink
-from ds_core.train.optim import ShardedOptimizer, cut_for
+from ds_core.train.optim import ShardedOptimizer, cut_for, cut_of_model
 from ds_core.train.sampler import ResumableLoader, ResumableSampler
 from ds_core.train.schedule import saveable
 
@@ -193,7 +193,7 @@ def _owner(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh) -> Fl
             if buffer is not None and buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(mesh.accelerator.device)
     if plan.stage > 0:
-        spec = {**plan.owner_spec(), "cut": cut_for(optimizer)}
+        spec = {**plan.owner_spec(), "cut": cut_of_model(model, optimizer)}
         sharded: FlatOwner = plugins.resolve("owner", spec).shard(model, mesh)
         return sharded
     dtype = None if plan.dtype == "float32" else getattr(torch, plan.dtype)

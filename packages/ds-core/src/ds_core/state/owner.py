@@ -123,7 +123,7 @@ class FlatOwner(SavedUnits):
             rank=rank,
             device=self.device,
             precision=self.precision,
-            cut=self.cut,
+            cut=_cut_of(self.cut, plan),
             keep_whole=self._settings.keep_whole(plan),
             lossy_gather=self._settings.lossy_gather,
         )
@@ -176,9 +176,12 @@ class FlatOwner(SavedUnits):
     def gradients_taken(self, unit: FlatUnit) -> None:
         """All gradients of a unit are in its bucket (where parameters are cut they are let go here)."""
 
-    def zero_grad(self) -> None:
-        """Drop all gradients, reduced or not."""
-        self.reducer.clear()
+    def zero_grad(self, slots: Mapping[FlatUnit, Sequence[int]] | None = None) -> None:
+        """Drop all gradients, or those of some slots, reduced or not."""
+        if slots is None:
+            self.reducer.clear()
+        else:
+            self.reducer.clear_slots(slots)
 
     def publish(self, *, wait: bool = True, copied: frozenset[str] = frozenset()) -> None:
         """Masters changed: bring everything that is whole up to date.
@@ -246,7 +249,7 @@ class _Options:
     def __init__(
         self,
         *,
-        cut: Cut = "flat",
+        cut: Cut | frozenset[str] = "flat",
         bucket_numel: int = 1_000_000,
         reduce: Codec | None = None,
         overlap: bool = True,
@@ -276,6 +279,13 @@ def _refuse_owned(model: nn.Module) -> None:
     owned = [name for name, param in model.named_parameters() if param in _OWNERS]
     if owned:
         raise ValueError(f"{owned[0]} (and {len(owned) - 1} more) is sharded already; shard a model once")
+
+
+def _cut_of(cut: Cut | frozenset[str], plan: UnitPlan) -> Cut:
+    """A unit is cut one way: whole as soon as one of its parameters has to be."""
+    if isinstance(cut, str):
+        return cut
+    return "whole" if any(name in cut for name, _ in plan.params) else "flat"
 
 
 def _data_axis(mesh: Mesh) -> str:

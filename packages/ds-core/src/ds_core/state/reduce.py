@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,7 @@ class GradReducer:
         self._seen = [[False] * len(u.params) for u in self.units]
         self._finished: list[int] = []  # completion order of the first round
         self._drained = True
+        self._dropped: set[tuple[int, int]] = set()  # slots dropped one by one since the last backward
 
     # -- during backward -----------------------------------------------------------------------------------
 
@@ -77,6 +78,7 @@ class GradReducer:
             return
         self.in_round = True
         self._drained = False
+        self._dropped.clear()
         self._cursor = 0
         for unit_pending in self._pending:
             unit_pending.taken = [False] * len(unit_pending.filled)
@@ -258,6 +260,27 @@ class GradReducer:
         self._rounds = 0
         self._drained = True
         self._finished.clear()
+        self._dropped.clear()
+
+    def clear_slots(self, chosen: Mapping[FlatUnit, Sequence[int]]) -> None:
+        """Forget the gradients of some slots, and everything once nothing is left that could be kept.
+
+        Every rank drops the same slots, whatever it holds of them, so all ranks come to the same end.
+        """
+        index_of = {unit: index for index, unit in enumerate(self.units)}
+        self._dropped |= {(index_of[unit], slot) for unit, slots in chosen.items() for slot in slots}
+        # What a backward that raised has left behind is of no use to anyone.
+        if self.in_round or len(self._dropped) == sum(len(unit.params) for unit in self.units):
+            self.clear()
+            return
+        for ticket in self._in_flight:
+            ticket.wait()
+        self._in_flight.clear()
+        for unit, slots in chosen.items():
+            index = index_of[unit]
+            for slot in slots:
+                unit.drop_grad_of(slot)
+                self._pending[index].filled[slot] = self._seen[index][slot] = False
 
     def live(self) -> list[Tensor]:
         """What holds gradients between micro batches: buckets that are not reduced yet, and shards."""

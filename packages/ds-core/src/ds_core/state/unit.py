@@ -83,6 +83,7 @@ class FlatUnit:
         self.trainable = plan.trainable
         self.keep_whole = keep_whole
         self.params: list[nn.Parameter] = [param for _, param in plan.params]
+        self.cut = cut
         self.layout: BucketLayout = plan_layout(((n, p.shape) for n, p in plan.params), world, cut=cut)
         self.dtype = precision.of_params(plan)
         self.grad_dtype = precision.of_grads(plan)
@@ -210,6 +211,13 @@ class FlatUnit:
     def grad(self) -> Tensor | None:
         """[shard_numel] in the gradient dtype; final once the owner has drained."""
         return self.gradient
+
+    def drop_grad_of(self, index: int) -> None:
+        """Forget one slot's gradient; zero from here on."""
+        self.has_grad[index] = False
+        overlap = self.layout.overlap(self.rank, index)
+        if self.gradient is not None and overlap is not None:
+            self.gradient[slice(*overlap.local)].zero_()
 
     def drop_grad(self) -> None:
         self.gradient = None

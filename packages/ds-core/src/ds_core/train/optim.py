@@ -35,11 +35,11 @@ _ATTACHED: WeakKeyDictionary[Optimizer, ReferenceType[ShardedOptimizer]] = WeakK
 def cut_for(optimizer: Optimizer) -> Cut:
     """`flat` for element-wise optimizers, else `whole`: an unknown optimizer never sees part of a matrix.
 
-    An optimizer class of your own says `elementwise = True` when its update is element-wise.
+    An optimizer of your own says `elementwise = True` when its update is element-wise.
     Raises ValueError for optimizers that cannot be sharded at all.
     """
     kind = type(optimizer)
-    declared = getattr(kind, "elementwise", None)
+    declared = getattr(optimizer, "elementwise", None)
     if declared is not None:
         return "flat" if declared else "whole"
     if kind.__module__.startswith("torch.optim") and kind.__name__ in NOT_SHARDABLE:
@@ -47,6 +47,22 @@ def cut_for(optimizer: Optimizer) -> Cut:
         raise ValueError(f"{kind.__name__} cannot be sharded: {reason}; use stage 0, or another optimizer")
     own = getattr(torch.optim, kind.__name__, None) is kind
     return "flat" if own and kind.__name__ in ELEMENTWISE else "whole"
+
+
+def cut_of_model(model: nn.Module, optimizer: Optimizer) -> Cut | frozenset[str]:
+    """`Zero(cut=...)` for a model and its optimizer; of a joint one the names that must stay whole."""
+    if cut_for(optimizer) == "flat" or not hasattr(optimizer, "optimizers"):
+        return cut_for(optimizer)
+    whole = {id(param) for param in whole_params(optimizer)}
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, param in named if id(param) in whole)
+
+
+def whole_params(optimizer: Optimizer) -> list[Tensor]:
+    """The parameters that this optimizer must see whole: all or none, or those of the members that do."""
+    members = getattr(optimizer, "optimizers", [optimizer])
+    groups = [group for member in members if cut_for(member) == "whole" for group in member.param_groups]
+    return [param for group in groups for param in group["params"]]
 
 
 def attached(optimizer: Optimizer | ShardedOptimizer) -> ShardedOptimizer:
@@ -97,15 +113,13 @@ class ShardedOptimizer:
     """
 
     def __init__(self, optimizer: Optimizer, owner: FlatOwner, *, wait: bool = True) -> None:
-        if owner.sharded and owner.comm.world > 1 and cut_for(optimizer) == "whole" and owner.cut != "whole":
-            raise ValueError(
-                f"{type(optimizer).__name__} is not known to be element-wise, so its parameters must stay "
-                'whole: use Zero(..., cut="whole"), or declare `elementwise = True` on its class if it is'
-            )
         self.optimizer = optimizer
         self.owner = owner
+        _refuse_cut(optimizer, owner)
         self.wait = wait  # False: the engine's own loop, where the next forward waits for the gathers
         self.pieces: list[_Piece] = []
+        self.slots: dict[FlatUnit, list[int]] = {}  # what the groups hold, on whichever rank it is
+        self._missed_said = False
         self._copied: frozenset[str] = frozenset()
         self._swap()
         self._offer_copy_out()
@@ -127,20 +141,19 @@ class ShardedOptimizer:
             for overlap in unit.layout.overlaps(unit.rank)
         }
         masters = {id(unit): unit.master().tensor for unit in self.owner.trainable}
-        used: set[int] = set()
         for group in self.optimizer.param_groups:
             shards = []
             for param in group["params"]:
                 if not param.requires_grad:
                     continue
-                unit, index = self._place(param)
-                used.add(id(unit.params[index]))  # a meta model was given new parameters
+                unit, index = _place(self.owner, param)
+                self.slots.setdefault(unit, []).append(index)
                 state = self.optimizer.state.pop(param, {})
                 overlap = overlaps.get((id(unit), index))
                 if overlap is None:
                     continue
                 view = masters[id(unit)][slice(*overlap.local)]
-                if self.owner.cut == "whole" or not self.owner.sharded:
+                if unit.cut == "whole" or not self.owner.sharded:
                     view = view.view(overlap.slot.shape)
                 piece = _Piece(unit, overlap, nn.Parameter(view))
                 self.pieces.append(piece)
@@ -148,27 +161,6 @@ class ShardedOptimizer:
                 if state:
                     self.optimizer.state[piece.param] = {k: _cut(piece, v) for k, v in state.items()}
             group["params"] = shards
-        missed = [
-            slot.fqn
-            for unit in self.owner.trainable
-            for slot, param in zip(unit.layout.slots, unit.params, strict=True)
-            if id(param) not in used
-        ]
-        if missed:
-            warnings.warn(
-                f"{len(missed)} trainable parameters are in no group of the optimizer and will not change: "
-                f"{', '.join(missed[:5])}; add them, or set requires_grad=False before sharding",
-                stacklevel=4,
-            )
-
-    def _place(self, param: Tensor) -> tuple[FlatUnit, int]:
-        try:
-            return self.owner.place(param)
-        except LookupError:
-            raise ValueError(
-                f"the optimizer holds a parameter of shape {tuple(param.shape)} that is not in the model; "
-                "build it from model.parameters()"
-            ) from None
 
     def _offer_copy_out(self) -> None:
         """An optimizer that can write the low precision shard in the same pass is told where to."""
@@ -214,6 +206,9 @@ class ShardedOptimizer:
         return [unit.gradient for unit in self.owner.trainable if unit.gradient is not None]
 
     def _before_step(self, *_: Any) -> None:
+        if not self._missed_said:
+            self._missed_said = True
+            _warn_of_missed(self.owner)
         self.owner.refuse_losses()
         self.show_grads()
         self.owner.changes.open()
@@ -232,13 +227,17 @@ class ShardedOptimizer:
         self.owner.reducer.forget_taken()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, whole and sharded. Always set to None: shards are cut anew each step."""
+        """Drop the gradients of this optimizer's parameters, whole and sharded; other optimizers keep theirs.
+
+        Always set to None: shards are cut anew each step.
+        """
         for piece in self.pieces:
             piece.param.grad = None
         direct = getattr(self.optimizer, "low_precision_grads", None)
         if direct is not None:
             direct.clear()
-        self.owner.zero_grad()
+        alone = len(optimizers_of(self.owner)) < 2
+        self.owner.zero_grad(None if alone else self.slots)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
@@ -337,3 +336,43 @@ class ShardedOptimizer:
                     old.fill_(value)
                 else:
                     group[key] = tuple(value) if isinstance(old, tuple) else value
+
+
+def _place(owner: FlatOwner, param: Tensor) -> tuple[FlatUnit, int]:
+    try:
+        return owner.place(param)
+    except LookupError:
+        raise ValueError(
+            f"the optimizer holds a parameter of shape {tuple(param.shape)} that is not in the model; "
+            "build it from model.parameters()"
+        ) from None
+
+
+def _refuse_cut(optimizer: Optimizer, owner: FlatOwner) -> None:
+    if not owner.sharded or owner.comm.world == 1:
+        return
+    for param in whole_params(optimizer):
+        unit, index = _place(owner, param)
+        if unit.trainable and unit.cut != "whole":
+            raise ValueError(
+                f"{unit.layout.slots[index].fqn} is cut, but {type(optimizer).__name__} is not known to be "
+                'element-wise, so its parameters must stay whole: use Zero(..., cut="whole"), or declare '
+                "`elementwise = True` on its class if it is"
+            )
+
+
+def _warn_of_missed(owner: FlatOwner) -> None:
+    """Said at an optimizer's first step, when all optimizers of the model are there."""
+    found = [sharded.slots for sharded in optimizers_of(owner)]
+    missed = [
+        slot.fqn
+        for unit in owner.trainable
+        for index, slot in enumerate(unit.layout.slots)
+        if not any(index in slots.get(unit, ()) for slots in found)
+    ]
+    if missed:
+        warnings.warn(
+            f"{len(missed)} trainable parameters are in no group of any optimizer and will not change: "
+            f"{', '.join(missed[:5])}; add them, or set requires_grad=False before sharding",
+            stacklevel=5,
+        )
