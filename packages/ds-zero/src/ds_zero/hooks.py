@@ -24,6 +24,7 @@ class Used(Protocol):
     units: list[FlatUnit]
     hooks: OwnerHooks
     gatherer: Gatherer
+    depth: int
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -77,7 +78,7 @@ class UseHooks:
             self._units
         )  # uses whose backward has begun and will say when it ends
         self._complete = [False] * len(self._units)  # all gradients of this backward are taken
-        self._depth = 0
+        self._retired = False
         self._any_cut = any(not unit.keep_whole for unit in self._units)
         modules = dict(owner.model.named_modules())
         users: dict[str, list[FlatUnit]] = {}
@@ -88,23 +89,27 @@ class UseHooks:
         order = [self._index[id(unit)] for name in modules for unit in users.get(name, ())]
         numels = [unit.layout.numel for unit in self._units]
         self._hint = OrderHint(numels, prefetch_numel, order, keep=keep_numel)
-        root = owner.model
+        self._of_root = users.pop("", [])
         handles = owner.hooks.handles
-        handles.append(root.register_forward_pre_hook(self._enter_root))
         for name, units in users.items():
             lookup = _only_looks_up(modules[name])
             before = partial(self._before_forward, units)
             after = partial(self._after_forward, units, lookup)
             handles.append(modules[name].register_forward_pre_hook(before))
             handles.append(modules[name].register_forward_hook(after, with_kwargs=True, always_call=True))
-        handles.append(root.register_forward_hook(self._leave_root, always_call=True))
+
+    def retire(self) -> None:
+        """The units were cut anew: what is left of these hooks, in graphs built before, does nothing."""
+        self._retired = True
 
     # -- forward -------------------------------------------------------------------------------------------
 
-    def _enter_root(self, module: nn.Module, args: Any) -> None:
-        if self._depth == 0 and not in_backward():
+    def enter_root(self, args: Any) -> None:
+        """The owner's hook before the root's forward, which outlives these."""
+        if self._owner.depth == 1 and not in_backward():
             self._hint.begin()
-        self._depth += 1
+        if self._of_root:
+            self._before_forward(self._of_root, self._owner.model, args)
 
     def _before_forward(self, units: list[FlatUnit], module: nn.Module, args: Any) -> None:
         gatherer = self._owner.gatherer
@@ -114,7 +119,7 @@ class UseHooks:
         for unit in units:
             index = self._index[id(unit)]
             self._active[index] += 1
-            if self._any_cut and self._depth > 0 and not backward:
+            if self._any_cut and self._owner.depth > 0 and not backward:
                 for ahead in self._hint.use(index):
                     gatherer.launch(self._units[ahead])
         gatherer.acquire_all(units)
@@ -132,7 +137,7 @@ class UseHooks:
         for unit in units:
             index = self._index[id(unit)]
             kept = waiting and not lookup and index in self._hint.tail
-            kept = kept or (self._depth > 0 and self._hint.stays(index))
+            kept = kept or (self._owner.depth > 0 and self._hint.stays(index))
             if self._active[index] == 0 and not backward and not kept:
                 self._owner.gatherer.release(unit)
 
@@ -150,9 +155,12 @@ class UseHooks:
             when_all_have_gradients(entering, partial(self._after_backward, units))
         return True
 
-    def _leave_root(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
-        if self._depth != 0 or in_backward():
+    def leave_root(self, args: Any, kwargs: Any, output: Any) -> None:
+        """The owner's hook after the root's forward, be it by an exception."""
+        if self._of_root:
+            lookup = _only_looks_up(self._owner.model)
+            self._after_forward(self._of_root, lookup, self._owner.model, args, kwargs, output)
+        if self._owner.depth != 1 or in_backward():
             return
         if torch.is_grad_enabled():
             outputs = [t for t in tensors_in(output) if t.requires_grad and t.grad_fn is not None]
@@ -171,6 +179,8 @@ class UseHooks:
 
     def _before_backward(self, units: list[FlatUnit], lookup: bool, ends: bool, grad: Tensor) -> None:
         self._owner.hooks.open_round()
+        if self._retired:
+            return
         gatherer = self._owner.gatherer
         if not lookup:
             for unit in units:
@@ -184,6 +194,8 @@ class UseHooks:
 
     def _after_backward(self, units: list[FlatUnit]) -> None:
         """The backward of one use is over. Units without another open use go, if no use is still to come."""
+        if self._retired:
+            return
         for unit in units:
             index = self._index[id(unit)]
             self._backward_users[index] = max(0, self._backward_users[index] - 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from ds_core.protocols import Codec, Store
 from ds_core.setup.estimate import Recipe, check_fits
 from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner
-from ds_core.state.unit import FlatUnit, Precision, Whole
+from ds_core.state.precision import Precision
+from ds_core.state.unit import FlatUnit, Whole
 from ds_core.state.units import UnitPlan, plan_units
 from ds_zero.gatherer import Gatherer
 from ds_zero.hooks import UseHooks
@@ -38,6 +39,7 @@ class Settings(Protocol):
     keep_numel: int
     persist_numel: int
     overlap: bool
+    keep_fp32: tuple[str, ...]
     initializer: Initializer | None
 
     @property
@@ -81,7 +83,7 @@ class ZeroOwner(FlatOwner):
             mesh,
             sharded=True,
             whole_grads=self.lifetime.whole_grads,
-            precision=Precision(param=config.param_dtype, grad=config.accumulate_dtype),
+            precision=Precision(config.param_dtype, config.accumulate_dtype, config.keep_fp32),
             store=store,
             cut=config.cut,
             bucket_numel=config.bucket_numel,
@@ -97,6 +99,16 @@ class ZeroOwner(FlatOwner):
         self.gatherer = Gatherer(self.gather_comm, self._gather_codec)
         prefetch = config.prefetch_numel if config.overlap else 0
         self.uses = UseHooks(self, prefetch_numel=prefetch, keep_numel=config.keep_numel)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        super()._enter(module, args)
+        self.uses.enter_root(args)
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        try:
+            self.uses.leave_root(args, kwargs, output)
+        finally:
+            super()._leave(module, args, kwargs, output)
 
     def _fill_buffers(self) -> None:
         materialize_buffers(self.model, self.device, self.config.initializer)

@@ -40,6 +40,10 @@ class Zero(Config):
         default=None,
         description="dtype in which gradients accumulate; None: the masters' (fp32 in mixed precision)",
     )
+    keep_fp32: tuple[str, ...] = Field(
+        default=(),
+        description='patterns of parameter or module names that stay fp32, such as ("*norm*", "lm_head")',
+    )
     cut: Cut | frozenset[str] = Field(
         default="flat",
         description="flat: anywhere; whole: each parameter on one rank; names: whole where a unit holds one",

@@ -89,7 +89,7 @@ def _refusal(func: Any, values: list[Any]) -> str:
 
 def mark_absent(param: nn.Parameter, name: str) -> None:
     """Turn a plain parameter; one of a class of its own keeps it, and shows NaN instead of raising."""
-    if type(param) is nn.Parameter:
+    if type(param) in (nn.Parameter, AbsentParameter):
         setattr(param, _NAME, name)
         param.__class__ = AbsentParameter
 

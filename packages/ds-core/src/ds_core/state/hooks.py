@@ -76,6 +76,7 @@ class OwnerHooks:
         holders = self._holders()
         for module, units in holders.items():
             self._hook_state_dict(module, units)
+        self._replaced = vars(owner.model).get("zero_grad")
         self._zero_grad = owner.model.zero_grad
         owner.model.zero_grad = self._dropping  # type: ignore[method-assign]
 
@@ -84,7 +85,10 @@ class OwnerHooks:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        del self._owner.model.zero_grad
+        if self._replaced is None:
+            del self._owner.model.zero_grad
+        else:
+            self._owner.model.zero_grad = self._replaced  # type: ignore[method-assign]
 
     def _dropping(self, set_to_none: bool = True) -> None:
         """`model.zero_grad()` must drop the shards' gradients too, or the next step would use them."""

@@ -14,14 +14,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ds_core.ground.accelerator import keep_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.ground.wire import Codec
+from ds_core.state.factory import UnitFactory, flatten
 from ds_core.state.hooks import OwnerHooks, dtype_of
 from ds_core.state.layout import Cut
+from ds_core.state.precision import Precision
 from ds_core.state.reduce import GradReducer
 from ds_core.state.saved import SavedUnits
 from ds_core.state.shard import ChangeGate
 from ds_core.state.store import DeviceStore, Store
-from ds_core.state.unit import FlatUnit, LostWriteError, Precision, Whole
-from ds_core.state.units import UnitPlan, plan_units
+from ds_core.state.unit import FlatUnit, LostWriteError, Whole
+from ds_core.state.units import UnitPlan
 
 # parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter.
 # Weak on both sides: an owner holds its parameters, and the model's hooks hold the owner.
@@ -72,21 +74,31 @@ class FlatOwner(SavedUnits):
         self.gather_comm = self.mesh.communicator(self.axis, "gather")
         self.control = self.mesh.communicator(self.axis, "control")
         self._settings, self._whole_grads = settings, whole_grads
+        self.factory = UnitFactory(
+            precision,
+            rank=self.comm.rank if sharded else 0,
+            world=self.comm.world if sharded else 1,
+            device=self.device,
+            cut=settings.cut,
+            bucket_numel=settings.bucket_numel,
+            keep_whole=settings.keep_whole,
+            lossy_gather=settings.lossy_gather,
+        )
         _refuse_owned(model)
-        self.units = [self._make_unit(plan) for plan in self.plan()]
+        precision.refuse_unmatched(model)
+        self.units = [self.factory.make(plan) for plan in self.factory.plan(model)]
         for unit in self.units:
             self._fill(unit)
         self._fill_buffers()
         self.changes = ChangeGate()  # opened right before masters change
         self.before_next_change = self.changes.before_next_change
         self._connect()
+        self.depth = 0  # forwards of the root under way, one inside the other
+        model.register_forward_pre_hook(self._enter)
+        model.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
         self.mesh.log.clear()
 
     # -- construction --------------------------------------------------------------------------------------
-
-    def plan(self) -> tuple[UnitPlan, ...]:
-        """The units that the model's present parameters make."""
-        return plan_units(self.model, bucket_numel=self._settings.bucket_numel)
 
     def _connect(self) -> None:
         """Everything that follows from `units`: who is trainable, the reducer, the hooks, who owns what."""
@@ -114,26 +126,12 @@ class FlatOwner(SavedUnits):
             for param in unit.params:
                 _OWNERS[param] = weakref.ref(self)
 
-    def _make_unit(self, plan: UnitPlan) -> FlatUnit:
-        world = self.comm.world if self.sharded else 1
-        rank = self.comm.rank if self.sharded else 0
-        return FlatUnit(
-            plan,
-            world=world,
-            rank=rank,
-            device=self.device,
-            precision=self.precision,
-            cut=_cut_of(self.cut, plan),
-            keep_whole=self._settings.keep_whole(plan),
-            lossy_gather=self._settings.lossy_gather,
-        )
-
     def _fill_buffers(self) -> None:
         for buffer in self.model.buffers():
             self.take_from_first(buffer)
 
     def _fill(self, unit: FlatUnit) -> None:
-        flat = unit.flatten()
+        flat = flatten(unit)
         self.take_from_first(flat)
         unit.adopt(flat, self.store)
 
@@ -148,6 +146,14 @@ class FlatOwner(SavedUnits):
         flat = torch.empty(unit.layout.numel, dtype=shard.dtype, device=shard.device)
         self.gather_comm.all_gather(flat, shard).wait()
         return flat
+
+    # -- the root's forward (these two hooks outlive any change of units) ----------------------------------
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.depth += 1
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self.depth = max(0, self.depth - 1)
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -279,13 +285,6 @@ def _refuse_owned(model: nn.Module) -> None:
     owned = [name for name, param in model.named_parameters() if param in _OWNERS]
     if owned:
         raise ValueError(f"{owned[0]} (and {len(owned) - 1} more) is sharded already; shard a model once")
-
-
-def _cut_of(cut: Cut | frozenset[str], plan: UnitPlan) -> Cut:
-    """A unit is cut one way: whole as soon as one of its parameters has to be."""
-    if isinstance(cut, str):
-        return cut
-    return "whole" if any(name in cut for name, _ in plan.params) else "flat"
 
 
 def _data_axis(mesh: Mesh) -> str:

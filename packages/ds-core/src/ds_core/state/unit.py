@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ds_core.ground.ticket import Ticket
 from ds_core.state.absent import mark_absent, mark_present
 from ds_core.state.layout import BucketLayout, Cut, plan_layout
+from ds_core.state.precision import Precision
 from ds_core.state.store import Lease, Store
 from ds_core.state.units import UnitPlan
 
@@ -32,24 +32,6 @@ class Whole(enum.Enum):
     STALE = "bytes, but older than the shards"
     COMING = "a gather is in flight"
     READY = "the current values"
-
-
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Dtypes of a run. `param` None leaves every parameter as it is, without masters."""
-
-    param: torch.dtype | None = None
-    grad: torch.dtype | None = None
-
-    def of_params(self, plan: UnitPlan) -> torch.dtype:
-        return self.param if self.param is not None and plan.dtype.is_floating_point else plan.dtype
-
-    def of_master(self, plan: UnitPlan) -> torch.dtype:
-        low = self.param is not None and self.param.itemsize < 4
-        return torch.float32 if low and plan.dtype.is_floating_point else self.of_params(plan)
-
-    def of_grads(self, plan: UnitPlan) -> torch.dtype:
-        return self.grad or self.of_master(plan)
 
 
 class FlatUnit:
@@ -85,7 +67,7 @@ class FlatUnit:
         self.params: list[nn.Parameter] = [param for _, param in plan.params]
         self.cut = cut
         self.layout: BucketLayout = plan_layout(((n, p.shape) for n, p in plan.params), world, cut=cut)
-        self.dtype = precision.of_params(plan)
+        self.dtype = plan.dtype
         self.grad_dtype = precision.of_grads(plan)
         self.master_dtype = precision.of_master(plan)
         # A lossy gather overwrites the whole copy with what was on the wire, so a master cannot live in it.
@@ -112,13 +94,6 @@ class FlatUnit:
 
     # -- construction --------------------------------------------------------------------------------------
 
-    def flatten(self) -> Tensor:
-        """The parameters' present values in one buffer of their own dtype [numel], padding zero."""
-        flat = torch.zeros(self.layout.numel, dtype=self.plan.dtype, device=self.device)
-        for slot, param in zip(self.layout.slots, self.params, strict=True):
-            flat[slot.start : slot.end].view(slot.shape).copy_(param.detach())
-        return flat
-
     def adopt(self, flat: Tensor, store: Store) -> None:
         """Take `flat` [numel] as the unit's values: cut master and shard, make the parameters views."""
         self._store = store
@@ -130,14 +105,69 @@ class FlatUnit:
             master = flat[self.span].to(self.master_dtype, copy=True) if apart else self.local
             store.create(f"{self.key}/master", master)
         self.state = Whole.READY
-        self._point_at_whole()
+        self.point_at_whole()
         self.note_versions()
         if not self.keep_whole:
             self.let_go()
 
+    # -- cut anew ---------------------------------------------------------------------------------------
+
+    def begin(self, store: Store) -> None:
+        """Memory for values that come parameter by parameter (see replan.py); padding is zero."""
+        self._store = store
+        if self.keep_whole:
+            self.whole = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
+            self.local = self.whole[self.span]
+        else:
+            self.whole = torch.empty(self.layout.numel, dtype=self.dtype, device=self.device)
+            self.whole.untyped_storage().resize_(0)
+            self.local = torch.zeros(self.layout.shard_numel, dtype=self.dtype, device=self.device)
+        if self.trainable:
+            apart = self.separate_master
+            master = torch.zeros_like(self.local, dtype=self.master_dtype) if apart else self.local
+            store.create(f"{self.key}/master", master)
+
+    def rewritten(self) -> list[int]:
+        """Slots whose parameter shows other memory than the unit's: somebody assigned to its `.data`."""
+        if self.device.type == "meta":
+            return []
+        base = (self._poison if self._gone else self.whole).data_ptr()
+        step = 0 if self._gone else self.whole.element_size()
+        with torch._C.DisableTorchFunctionSubclass():
+            return [
+                index
+                for index, (slot, param) in enumerate(zip(self.layout.slots, self.params, strict=True))
+                if param.data_ptr() != base + step * slot.start and slot.end > slot.start
+            ]
+
+    def dissolve(self) -> None:
+        """Give everything back. The parameters are plain ones without values, to be put elsewhere.
+
+        A graph that saved them while they were cut raises in its backward, as for any write since.
+        """
+        if self.ticket is not None:
+            self.ticket.wait()
+            self.ticket = None
+        taken = set(self.rewritten())
+        for index, (slot, param) in enumerate(zip(self.layout.slots, self.params, strict=True)):
+            mark_present(param)
+            if not self._gone and not self.keep_whole:
+                torch.autograd.graph.increment_version(param)
+            if index not in taken:
+                param.data = self._poison.expand(slot.shape)
+        if not self.keep_whole:
+            self.whole.untyped_storage().resize_(0)
+        if self.trainable and self._store is not None:
+            self._store.drop(f"{self.key}/master")
+        self.drop_grad()
+        self.state = Whole.ABSENT
+        self.params = []
+        self.local = self.whole = self._poison
+
     # -- the whole copy ------------------------------------------------------------------------------------
 
-    def _point_at_whole(self) -> None:
+    def point_at_whole(self) -> None:
+        """The parameters are views of the whole copy."""
         self._shift_versions(gone=False)
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             mark_present(param)
@@ -157,7 +187,7 @@ class FlatUnit:
         self.ticket = None
         self.state = Whole.READY
         if not self.keep_whole:
-            self._point_at_whole()
+            self.point_at_whole()
             self.note_versions()
 
     def let_go(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,8 +13,8 @@ from torch import nn
 class UnitPlan:
     """Parameters of one dtype and one trainability that are gathered, reduced and updated together.
 
-    `users`: the modules (full names) whose forward needs them. A parameter tied into another block is in
-    one unit with several users.
+    `dtype`: theirs in the unit; they may come in another. `users`: the modules (full names) whose forward
+    needs them. A parameter tied into another block is in one unit with several users.
     """
 
     key: str
@@ -39,7 +39,19 @@ class _Atom:
     shared: set[int] = field(default_factory=set)
 
 
-def plan_units(model: nn.Module, *, bucket_numel: int = 1_000_000) -> tuple[UnitPlan, ...]:
+Kind = tuple[torch.dtype, bool]  # of a parameter in its unit: dtype, trainable
+
+
+def _as_it_is(fqn: str, param: nn.Parameter) -> Kind:
+    return param.dtype, param.requires_grad
+
+
+def plan_units(
+    model: nn.Module,
+    *,
+    bucket_numel: int = 1_000_000,
+    kind_of: Callable[[str, nn.Parameter], Kind] = _as_it_is,
+) -> tuple[UnitPlan, ...]:
     """Cut a model into units, in definition order.
 
     The children of the outermost repeating container (ModuleList, Sequential or ModuleDict with two or more
@@ -52,12 +64,12 @@ def plan_units(model: nn.Module, *, bucket_numel: int = 1_000_000) -> tuple[Unit
         raise ValueError(f"bucket_numel must be at least 1 element, got {bucket_numel}")
     atoms = list(_atoms("", model))
     _assign(atoms)
-    groups: dict[tuple[torch.dtype, bool], list[tuple[list[tuple[str, nn.Parameter]], list[str]]]] = {}
-    order: list[tuple[tuple[torch.dtype, bool], int]] = []
+    groups: dict[Kind, list[tuple[list[tuple[str, nn.Parameter]], list[str]]]] = {}
+    order: list[tuple[Kind, int]] = []
     for atom in atoms:
-        split: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+        split: dict[Kind, list[tuple[str, nn.Parameter]]] = {}
         for name, param in atom.owned:
-            split.setdefault((param.dtype, param.requires_grad), []).append((name, param))
+            split.setdefault(kind_of(name, param), []).append((name, param))
         for kind, params in split.items():
             users = [
                 other.name for other in atoms if other is atom or other.shared & {id(p) for _, p in params}
