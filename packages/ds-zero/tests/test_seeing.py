@@ -1,8 +1,13 @@
-"""Profiles of sharded models say what they say of plain ones."""
+"""Profiles of sharded models say what they say of plain ones, and traces name the units."""
 
 from __future__ import annotations
 
-from ds_core import profile_model
+import json
+from pathlib import Path
+
+import torch
+
+from ds_core import Engine, ShardedOptimizer, Timeline, profile_model, trace
 from ds_core.testing.distributed import distributed
 from ds_core.testing.models import CASES
 from ds_zero import Zero
@@ -27,3 +32,40 @@ def test_flops_of_a_sharded_model_are_those_of_the_plain_one(rank: int) -> None:
                         where = (case, stage, mine.name, phase)
                         assert (a.flops, a.elementwise) == (b.flops, b.elementwise), where
             del owner
+
+
+@distributed(world_size=2)
+def test_a_trace_at_stage_3_names_the_gathers_and_reductions_of_units(rank: int, tmp_path: Path) -> None:
+    case = CASES["mlp"]
+    model = case.build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    owner = Zero(stage=3, bucket_numel=64, persist_numel=0, overlap=False).shard(model)
+    engine = Engine(model, owner, ShardedOptimizer(optimizer, owner))
+
+    def step(seed: int) -> None:
+        engine.train_batch(
+            [case.rank_batch(seed, rank, 2)], lambda model, batch: case.losses(model, batch)[0]
+        )
+
+    step(0)
+    with trace(tmp_path / "step.json", engine) as tracing, Timeline(engine) as timeline:
+        step(1)
+    events = [
+        event
+        for event in json.loads(tracing.path.read_text())["traceEvents"]
+        if event.get("cat") == "user_annotation"
+    ]
+    for unit in owner.units:
+        assert unit.key in {fqn for fqn, _ in model.named_parameters()}
+        of_unit = [event for event in events if unit.key in event["name"]]
+        for phase, least in (("gather", 1), ("wait gather", 1), ("reduce", 1), ("wait reduce", 1)):
+            assert sum(event["name"].startswith(phase + " ") for event in of_unit) >= least, (unit.key, phase)
+    block = next(event for event in events if event["name"] == "forward blocks.1")
+    fetched = [e for e in events if e["name"].startswith("gather blocks.1") and _inside(e, block)]
+    assert len(fetched) == 1  # without overlap a block's gather is part of its forward
+    assert timeline.steps[0].wait > 0
+    step(2)  # nothing is left that would fail
+
+
+def _inside(inner: dict[str, float], outer: dict[str, float]) -> bool:
+    return outer["ts"] <= inner["ts"] and inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"] + 0.002

@@ -45,6 +45,8 @@ _HOME: dict[str, str] = {
     "TensorBoardSink": "ds_core.observe.metrics",
     "WandbSink": "ds_core.observe.metrics",
     "FlopsProfiler": "ds_core.observe.flops",
+    "Timeline": "ds_core.observe.timeline",
+    "trace": "ds_core.observe.trace",
     "profile_model": "ds_core.observe.flops",
 }
 

@@ -18,9 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from ds_core.observe import flop_rules
-from ds_core.observe.clock import clock_for
 from ds_core.observe.flop_report import PHASES, Cost, FlopReport, ModuleCost, Phase
 from ds_core.state.hooks import at_end_of_backward
+from ds_core.train.clock import clock_for
 
 Scope = tuple[str, ...]  # names of the modules that an operation counts for
 _NOWHERE: Scope = ()

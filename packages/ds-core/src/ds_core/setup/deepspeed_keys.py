@@ -93,7 +93,7 @@ _TOP = (
     _works("vocabulary_size", or_null(_count), None, "a warning when it is no multiple of 8"),
     _works("wall_clock_breakdown", as_bool, False, "forward, backward and step times in the progress lines"),
     _always("memory_breakdown", False, "`ds estimate` prints what is planned,"
-            " torch.cuda.memory_summary() what is live"),
+            " ds_core.Timeline(engine) what every step took"),
     _works("dataloader_drop_last", as_bool, False, "sampler: drop or pad the last global batch"),
     _works("log_level", or_null(one_of("debug", "info", "warning", "error", "critical")), None,
            "the ds_core and ds_zero loggers"),
@@ -195,7 +195,7 @@ _MONITORS = (
     _always("comet.enabled", False, "there is no comet sink; pass one to initialize() as an object"),
     _works("timers.throughput.enabled", as_bool, True, "samples per second in the progress lines"),
     _works("timers.throughput.synchronized", as_bool, True, "the device is waited for first"),
-    _always("flops_profiler.enabled", False, "torch.utils.flop_counter counts flops"),
+    _always("flops_profiler.enabled", False, "ds_core.profile_model(model, batch) counts per module"),
     _always("comms_logger.enabled", False, "every StepReport has bytes_on_wire; single calls are not logged"),
     _works("checkpoint.tag_validation", one_of("Ignore", "Warn", "Fail"), "Warn", "save_checkpoint"),
     _moot("checkpoint.load_universal", as_bool, False, "every checkpoint loads at any world size and stage"),

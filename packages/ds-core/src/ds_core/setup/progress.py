@@ -6,9 +6,11 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from ds_core.ground.accelerator import Accelerator
 from ds_core.setup.plan import Reporting
+from ds_core.train.clock import clock_for
 from ds_core.train.engine import StepReport
 
 _log = logging.getLogger("ds_core")
@@ -18,14 +20,16 @@ _PHASES = ("forward", "backward", "step")
 class Progress:
     """Times the phases of a step and writes a line every `steps_per_print` steps, on rank 0.
 
-    With a phase breakdown and no `steps_per_print` there is a line every step.
+    With a phase breakdown and no `steps_per_print` there is a line every step. Phases are marked by events
+    that are read when their line is written, so no phase waits for the device.
     """
 
     def __init__(self, reporting: Reporting, accelerator: Accelerator, rank: int) -> None:
         self.reporting = reporting
         self.every = reporting.steps_per_print or (1 if reporting.wall_clock_breakdown else None)
         self._accelerator, self._rank = accelerator, rank
-        self._spent = dict.fromkeys(_PHASES, 0.0)
+        self._clock = clock_for(accelerator.device)
+        self._spans: list[tuple[str, Any, Any]] = []
         self._samples = 0
         self._since = time.perf_counter()
 
@@ -35,9 +39,9 @@ class Progress:
         if not self.reporting.wall_clock_breakdown:
             yield
             return
-        begin = self._now()
+        begin = self._clock.mark()
         yield
-        self._spent[name] += self._now() - begin
+        self._spans.append((name, begin, self._clock.mark()))
 
     def tick(self, report: StepReport, samples: int, skipped: int, lrs: list[float]) -> None:
         """After an optimizer step over `samples` samples of all ranks."""
@@ -50,10 +54,13 @@ class Progress:
         if self.reporting.throughput:
             line += f", samples/s={self._samples / max(now - self._since, 1e-9):.1f}"
         if self.reporting.wall_clock_breakdown:
-            line += "".join(f", {name}={self._spent[name] * 1e3:.1f} ms" for name in _PHASES)
+            spent = dict.fromkeys(_PHASES, 0.0)
+            for name, begin, end in self._spans:
+                spent[name] += self._clock.seconds(begin, end)
+            line += "".join(f", {name}={spent[name] * 1e3:.1f} ms" for name in _PHASES)
         if self._rank == 0:
             _log.info(line)
-        self._spent = dict.fromkeys(_PHASES, 0.0)
+        self._spans.clear()
         self._samples, self._since = 0, now
 
     def _now(self) -> float:
