@@ -30,6 +30,10 @@ def build(accumulate: int = 1) -> Engine:
     return Engine(model, owner, ShardedOptimizer(optimizer, owner), accumulate=accumulate)
 
 
+def hooks_of(model: nn.Module) -> list[list[int]]:
+    return [[*module._forward_pre_hooks, *module._forward_hooks] for module in model.modules()]
+
+
 def nap(*_: object) -> None:
     time.sleep(NAP)
 
@@ -118,6 +122,7 @@ def test_nothing_is_left_in_any_order_of_leaving() -> None:
     engine = build()
     objects = [engine, engine.owner.comm, engine.owner.gather_comm, engine.owner.control]
     before = [dict(vars(thing)) for thing in objects]
+    hooks = hooks_of(engine.model)
     one, other = Timeline(engine), Timeline(engine)
     one.__enter__()
     other.__enter__()
@@ -127,9 +132,7 @@ def test_nothing_is_left_in_any_order_of_leaving() -> None:
     other.__exit__()
     engine.train_batch([CASE.make_batch(0, 1)], loss_fn)
     assert (len(one.steps), len(other.steps)) == (1, 2)
-    for module in engine.model.modules():
-        assert not module._forward_pre_hooks
-        assert not module._forward_hooks
+    assert hooks_of(engine.model) == hooks
     with Timeline(engine) as third:
         engine.train_batch([CASE.make_batch(0, 1)], loss_fn)
     assert len(third.steps) == 1
@@ -141,9 +144,10 @@ def test_nothing_is_left_in_any_order_of_leaving() -> None:
 def test_one_timeline_leaves_the_objects_as_they_were() -> None:
     engine = build()
     objects = [engine, engine.owner.comm, engine.owner.gather_comm, engine.owner.control]
-    before = [set(vars(thing)) for thing in objects]
+    before, hooks = [set(vars(thing)) for thing in objects], hooks_of(engine.model)
     with Timeline(engine):
         engine.train_batch([CASE.make_batch(0, 1)], loss_fn)
+    assert hooks_of(engine.model) == hooks
     assert [set(vars(thing)) for thing in objects] == before
 
 
