@@ -34,17 +34,50 @@ def add_parser(subparsers: Any) -> None:
         description="Show what there is on this machine, as it should stand in a bug report.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="FILE.zip",
+        help="write everything for a bug report to this new file: secrets are removed, nothing is replaced",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a configuration to put into the bundle")
+    parser.add_argument(
+        "--log",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a log, of which the end goes in",
+    )
+    parser.add_argument("--lines", type=int, default=200, help="how many last lines of each log (200)")
     parser.set_defaults(func=show)
 
 
 def show(args: argparse.Namespace) -> int:
     """Run `ds report`."""
+    if args.bundle is None and (args.config or args.log):
+        raise ValueError("--config and --log say what goes into a bundle: add --bundle FILE.zip")
+    if args.lines < 1:
+        raise ValueError(f"--lines {args.lines}: it must be at least 1")
     found = collect()
-    if args.json:
-        sys.stdout.write(json.dumps(found, indent=2) + "\n")
-    else:
-        sys.stdout.write("\n\n".join(_render(title, part) for title, part in found.items() if part) + "\n")
+    if args.bundle is not None:
+        return _bundle(found, args)
+    sys.stdout.write(json.dumps(found, indent=2) + "\n" if args.json else render(found))
     return 0
+
+
+def _bundle(found: Mapping[str, Table | Rows], args: argparse.Namespace) -> int:
+    from ds_core.cli.bundle import write_bundle
+
+    kept = {title: part for title, part in found.items() if title != "settings"}  # has its own, stricter file
+    names = write_bundle(args.bundle, kept, render(kept), config=args.config, logs=args.log, lines=args.lines)
+    sys.stdout.write(f"wrote {args.bundle} ({', '.join(names)}); look through it before you send it\n")
+    return 0
+
+
+def render(found: Mapping[str, Table | Rows]) -> str:
+    """The report as text."""
+    return "\n\n".join(_render(title, part) for title, part in found.items() if part) + "\n"
 
 
 def collect() -> dict[str, Table | Rows]:
