@@ -11,6 +11,7 @@ _HOME: dict[str, str] = {
     "Zero": "ds_zero.zero",
     "ZeroOwner": "ds_zero.owner",
     "clip_grad_norm_": "ds_core.train.clip",
+    "compile_blocks": "ds_zero.compiled",
     "full_grad": "ds_zero.full",
     "full_optimizer_state": "ds_zero.full",
     "full_tensor": "ds_zero.full",

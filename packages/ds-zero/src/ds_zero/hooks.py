@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 
-from ds_core.state.hooks import OwnerHooks, in_backward
+from ds_core.state.hooks import OwnerHooks, in_backward, outside_of_graphs
 from ds_core.state.unit import FlatUnit, Whole
 from ds_zero.gatherer import Gatherer
 from ds_zero.prefetch import OrderHint
@@ -93,8 +93,8 @@ class UseHooks:
         handles = owner.hooks.handles
         for name, units in users.items():
             lookup = _only_looks_up(modules[name])
-            before = partial(self._before_forward, units)
-            after = partial(self._after_forward, units, lookup)
+            before = outside_of_graphs(partial(self._before_forward, units))
+            after = outside_of_graphs(partial(self._after_forward, units, lookup))
             handles.append(modules[name].register_forward_pre_hook(before))
             handles.append(modules[name].register_forward_hook(after, with_kwargs=True, always_call=True))
 

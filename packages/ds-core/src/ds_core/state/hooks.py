@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -45,6 +45,19 @@ def in_backward() -> bool:
 def at_end_of_backward(fn: Any) -> None:
     """Run `fn` when the backward that is running now has finished."""
     Variable._execution_engine.queue_callback(fn)
+
+
+def outside_of_graphs(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook as torch.compile must see it: a call to make between two graphs, nothing to trace into."""
+
+    def call(*args: Any) -> None:
+        if torch.compiler.is_compiling():  # only while dynamo traces this very call
+            disable: Any = torch._dynamo.disable
+            disable(hook, recursive=True)(*args)
+        else:
+            hook(*args)
+
+    return call
 
 
 class Hooked(Protocol):

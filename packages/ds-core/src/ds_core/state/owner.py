@@ -15,7 +15,7 @@ from ds_core.ground.accelerator import keep_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.ground.wire import Codec
 from ds_core.state.factory import UnitFactory, flatten
-from ds_core.state.hooks import OwnerHooks, dtype_of
+from ds_core.state.hooks import OwnerHooks, dtype_of, outside_of_graphs
 from ds_core.state.layout import Cut
 from ds_core.state.precision import Precision
 from ds_core.state.reduce import GradReducer
@@ -94,8 +94,8 @@ class FlatOwner(SavedUnits):
         self.before_next_change = self.changes.before_next_change
         self._connect()
         self.depth = 0  # forwards of the root under way, one inside the other
-        model.register_forward_pre_hook(self._enter)
-        model.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+        model.register_forward_pre_hook(outside_of_graphs(self._enter))
+        model.register_forward_hook(outside_of_graphs(self._leave), with_kwargs=True, always_call=True)
         self.mesh.log.clear()
 
     # -- construction --------------------------------------------------------------------------------------

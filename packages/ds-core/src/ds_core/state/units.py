@@ -110,6 +110,21 @@ def _atoms(name: str, module: nn.Module) -> Iterator[_Atom]:
         yield from _atoms(child_name, child)
 
 
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """What no unit splits, by full name: the children of the outermost repeating containers."""
+    found: dict[str, nn.Module] = {}
+    queue = [("", model)]
+    while queue:
+        name, module = queue.pop(0)
+        children = [(f"{name}.{child}" if name else child, sub) for child, sub in module.named_children()]
+        children = [(child, sub) for child, sub in children if any(True for _ in sub.parameters())]
+        if _is_repeating(module):
+            found.update(children)
+        else:
+            queue.extend(children)
+    return found
+
+
 def _is_repeating(module: nn.Module) -> bool:
     if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return False
