@@ -166,7 +166,7 @@ def _take_written(owner: FlatOwner, units: Iterable[FlatUnit], *, root: int) -> 
     """The whole copies on rank `root` become the values of these units everywhere. Collective."""
     owner.changes.open()
     for unit in units:
-        owner.comm.broadcast(unit.whole, root=root).wait()
+        owner.comm.broadcast(unit.whole, root=root, about=unit.about).wait()
         unit.absorb_whole()
 
 
@@ -196,7 +196,7 @@ def _agree_on_state(
         seen[2 + _STATE_DTYPES.index(held.dtype)] = 1.0
         if held.dim() == 0:
             seen[0], seen[1] = 1.0, float(held)
-    sharded.owner.control.all_reduce(seen, op="max").wait()
+    sharded.owner.control.all_reduce(seen, op="max", about=f"the state {name}").wait()
     dtypes = [dtype for dtype, flag in zip(_STATE_DTYPES, seen[2:].tolist(), strict=True) if flag]
     return (dtypes[0] if dtypes else None), (float(seen[1]) if seen[0] else None)
 

@@ -31,7 +31,7 @@ class Gatherer:
         if codec is not None and unit.keep_whole:
             # The decoded values overwrite the buffer that the shard is a view of.
             shard = shard.clone()
-        return gather_coded(self._comm, codec, unit.whole, shard)
+        return gather_coded(self._comm, codec, unit.whole, shard, about=unit.about)
 
     def acquire(self, unit: FlatUnit) -> None:
         """The unit is whole and current afterwards."""

@@ -45,18 +45,20 @@ class CastCodec:
             raise ValueError(f"CastCodec has no state, got {sorted(state)}")
 
 
-def gather_coded(comm: Communicator, codec: Codec | None, out: Tensor, shard: Tensor) -> Ticket:
+def gather_coded(
+    comm: Communicator, codec: Codec | None, out: Tensor, shard: Tensor, *, about: str = ""
+) -> Ticket:
     """All-gather [n] -> [world * n], encoded on the wire when a codec is given.
 
     Every rank decodes its own part too, so that all ranks hold the same values.
     """
     if codec is None or comm.world == 1:
-        return comm.all_gather(out, shard)
+        return comm.all_gather(out, shard, about=about)
     width = codec.wire_bytes(shard.numel())
     mine = comm.allocate(width, torch.uint8)
     wire = comm.allocate(width * comm.world, torch.uint8)
     codec.encode(shard.view(1, -1), mine.view(1, -1))
-    ticket = comm.all_gather(wire, mine)
+    ticket = comm.all_gather(wire, mine, about=about)
 
     def decode() -> None:
         codec.decode(wire.view(comm.world, -1), out.view(comm.world, -1))
@@ -65,22 +67,29 @@ def gather_coded(comm: Communicator, codec: Codec | None, out: Tensor, shard: Te
 
 
 def reduce_coded(
-    comm: Communicator, codec: Codec | None, out: Tensor, full: Tensor, *, scale: float, accumulate: bool
+    comm: Communicator,
+    codec: Codec | None,
+    out: Tensor,
+    full: Tensor,
+    *,
+    scale: float,
+    accumulate: bool,
+    about: str = "",
 ) -> Ticket:
     """Reduce-scatter [world * n] -> [n]: encode, all-to-all, decode and sum in `out`'s dtype.
 
     A plain cast lets the communicator choose its own route; nothing is summed on the wire in low precision.
     """
     if codec is None or comm.world == 1:
-        return comm.reduce_scatter(out, full, scale=scale, accumulate=accumulate)
+        return comm.reduce_scatter(out, full, scale=scale, accumulate=accumulate, about=about)
     if isinstance(codec, CastCodec):
         wire = full if full.dtype == codec.dtype else full.to(codec.dtype)
-        return comm.reduce_scatter(out, wire, scale=scale, accumulate=accumulate)
+        return comm.reduce_scatter(out, wire, scale=scale, accumulate=accumulate, about=about)
     width = codec.wire_bytes(out.numel())
     sent = comm.allocate(width * comm.world, torch.uint8)
     received = comm.allocate(width * comm.world, torch.uint8)
     codec.encode(full.view(comm.world, -1), sent.view(comm.world, -1))
-    ticket = comm.all_to_all(received, sent)
+    ticket = comm.all_to_all(received, sent, about=about)
 
     def decode() -> None:
         total = torch.zeros_like(out)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ds_core.ground.flight import Flight, Lane
+from ds_core.ground.routes import Routes, native_all_gather, native_reduce_scatter, works_of
 from ds_core.ground.ticket import Ticket, Waitable
 
 _SUM_BLOCK = 1 << 18  # elements summed at a time: three fp32 blocks of it stay in cache
-_PROBE_FROM_BYTES = 1 << 20  # smaller messages are not worth choosing a route for
-_PROBE_ROUNDS = 3
-_DIRECT_BONUS = 0.7  # the other routes copy what they carry: they must be faster by more than noise
+_SMALL_BYTES = 1 << 16  # up to here every rank sends to every other: one hop, and signed
+_SMALL_WORLD = 8
 
 
 @dataclass
@@ -88,217 +87,165 @@ class LocalCommunicator:
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=self.device)
 
-    def all_gather(self, out: Tensor, shard: Tensor) -> Ticket:
+    def all_gather(self, out: Tensor, shard: Tensor, *, about: str = "") -> Ticket:
         if out.data_ptr() != shard.data_ptr() or out.device.type == "meta":
             out.copy_(shard)
         return Ticket()
 
     def reduce_scatter(
-        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False
+        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False, about: str = ""
     ) -> Ticket:
         sum_chunks(out, [full], scale=scale, accumulate=accumulate)
         return Ticket()
 
-    def all_reduce(self, tensor: Tensor, *, op: str = "sum") -> Ticket:
+    def all_reduce(self, tensor: Tensor, *, op: str = "sum", about: str = "") -> Ticket:
         return Ticket()
 
-    def all_to_all(self, out: Tensor, src: Tensor) -> Ticket:
+    def all_to_all(self, out: Tensor, src: Tensor, *, about: str = "") -> Ticket:
         out.copy_(src)
         return Ticket()
 
-    def broadcast(self, tensor: Tensor, *, root: int = 0) -> Ticket:
+    def broadcast(self, tensor: Tensor, *, root: int = 0, about: str = "") -> Ticket:
         return Ticket()
-
-
-_Exchange = Callable[[Tensor, Tensor], list[Waitable]]
 
 
 class TorchCommunicator:
     """Collectives over one process group.
 
     On gloo, whose reduce-scatter and all-gather are slow and whose asynchronous reduce-scatter cannot be
-    waited for, both are built from exchanges. Every candidate gives the same bits: reductions are summed
-    here, in rank order, in the output's dtype. Which exchange is fastest is measured once for each op and
-    size class, and all ranks take rank 0's choice.
+    waited for, they are built from exchanges (see Routes). Reductions are summed here, in rank order, in the
+    output's dtype, so every route gives the same bits.
 
-    [Note: order on the wire] gloo matches operations by the order in which each rank issues them, so
+    Each collective is recorded in `lane`, and waiting for it raises DesyncError when ranks disagree. What
+    travels in exchanges carries its signature, so that collectives of two kinds are never taken for one
+    another: gloo would take a shorter message silently and end the process on a longer one.
+
+    [Note: order on the wire] Operations are matched by the order in which each rank issues them, so
     collectives whose order may differ between ranks belong to different groups (Mesh channels).
     """
 
     def __init__(
-        self, group: ProcessGroup, device: torch.device, *, log: WireLog | None = None, axis: str = "world"
+        self,
+        group: ProcessGroup,
+        device: torch.device,
+        *,
+        log: WireLog | None = None,
+        axis: str = "world",
+        lane: Lane | None = None,
     ) -> None:
-        self._group: ProcessGroup | None = group
+        self._routes = Routes(group, axis)
         self.device = device
-        self.rank = dist.get_rank(group)
-        self.world = dist.get_world_size(group)
+        self.rank = self._routes.rank
+        self.world = self._routes.world
         self.axis = axis
         self.log = log if log is not None else WireLog()
+        self.lane = lane or Lane(axis, dist.get_process_group_ranks(group))
         self._native = dist.get_backend(group) != "gloo"
-        self._routes: dict[tuple[str, int], _Exchange] = {}
-        self._tag = 0
 
     @property
     def group(self) -> ProcessGroup:
-        if self._group is None:
-            raise RuntimeError(
-                f"the process group along {self.axis!r} was closed by leave_distributed(): build a new mesh, "
-                "and model and optimizer on it"
-            )
-        return self._group
+        return self._routes.group
 
     def close(self) -> None:
         """Let go of the process group; the last one to do so waits for its threads."""
-        self._group = None
+        self._routes.close()
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(numel, dtype=dtype, device=self.device)
 
-    def all_gather(self, out: Tensor, shard: Tensor) -> Ticket:
-        self._record("all_gather", out.numel(), shard.nbytes * (self.world - 1))
+    def all_gather(self, out: Tensor, shard: Tensor, *, about: str = "") -> Ticket:
+        flight = self._record("all_gather", out, about, out.numel(), shard.nbytes * (self.world - 1))
         if self._native:
-            return Ticket([_all_gather(out, shard, self.group)], keepalive=(out, shard))
+            work = self.lane.start(flight, lambda: [native_all_gather(out, shard, self.group)])
+            return Ticket([work], keepalive=(out, shard))
         mine = out.view(self.world, -1)[self.rank]
         if mine.data_ptr() != shard.data_ptr():
             mine.copy_(shard)
-        works = self._route("all_gather", out.nbytes)(out, mine)
-        return Ticket(works, keepalive=(out, mine))
+        work = self.lane.start(flight, lambda: self._routes.all_gather(out, mine, flight.tag))
+        return Ticket([work], keepalive=(out, mine))
 
     def reduce_scatter(
-        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False
+        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False, about: str = ""
     ) -> Ticket:
-        self._record("reduce_scatter", full.numel(), full.nbytes // self.world * (self.world - 1))
+        sent = full.nbytes // self.world * (self.world - 1)
+        flight = self._record("reduce_scatter", full, about, full.numel(), sent)
         if self._native:
             wire = self.allocate(out.numel(), full.dtype)
             if full.dtype == torch.float16:  # the backend sums in fp16, which might not hold the sum
                 full, scale = full * scale, 1.0
-            work = _reduce_scatter(wire, full, self.group)
+            work = self.lane.start(flight, lambda: [native_reduce_scatter(wire, full, self.group)])
 
             def keep() -> None:
                 sum_chunks(out, [wire], scale=scale, accumulate=accumulate)
 
             return Ticket([work], keepalive=(full, wire), finish=keep)
-        parts = list(full.view(self.world, -1))
-        if (route := self._route("all_to_all", full.nbytes)) == self._exchange_direct:
-            chunks = list(
-                self.allocate(full.numel() - out.numel(), full.dtype).view(self.world - 1, out.numel())
-            )
-            chunks.insert(self.rank, parts[self.rank])
-            works = self._exchange(parts, chunks)
-        else:
-            received = self.allocate(full.numel(), full.dtype)
-            works = route(received, full)
-            chunks = list(received.view(self.world, -1))
-            chunks[self.rank] = parts[self.rank]
+        chunks: list[Tensor] = []
+        work = self.lane.start(flight, lambda: self._routes.all_to_all(full, flight.tag, chunks))
 
         def finish() -> None:
             sum_chunks(out, chunks, scale=scale, accumulate=accumulate)
 
-        return Ticket(works, keepalive=(full, *chunks), finish=finish)
+        return Ticket([work], keepalive=(full, *chunks), finish=finish)
 
-    def all_reduce(self, tensor: Tensor, *, op: str = "sum") -> Ticket:
-        sent = 2 * tensor.nbytes * (self.world - 1) // self.world
-        self._record("all_reduce", 2 * tensor.numel(), sent)
+    def all_reduce(self, tensor: Tensor, *, op: str = "sum", about: str = "") -> Ticket:
         kinds = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
         if op not in kinds:
             raise ValueError(f'all_reduce op must be "sum" or "max", got {op!r}')
-        work = dist.all_reduce(tensor, op=kinds[op], group=self.group, async_op=True)
-        return Ticket(_works(work), keepalive=(tensor,))
+        small = not self._native and self.world <= _SMALL_WORLD and tensor.nbytes <= _SMALL_BYTES
+        hops = self.world if small else 2
+        sent = hops * tensor.nbytes * (self.world - 1) // self.world
+        flight = self._record("all_reduce", tensor, about, 2 * tensor.numel(), sent)
+        if small:
+            return self._all_reduce_small(flight, tensor, op)
+        work = self.lane.start(
+            flight, lambda: works_of(dist.all_reduce(tensor, op=kinds[op], group=self.group, async_op=True))
+        )
+        return Ticket([work], keepalive=(tensor,))
 
-    def all_to_all(self, out: Tensor, src: Tensor) -> Ticket:
-        self._record("all_to_all", src.numel(), src.nbytes // self.world * (self.world - 1))
-        work = dist.all_to_all_single(out, src, group=self.group, async_op=True)
-        return Ticket(_works(work), keepalive=(out, src))
+    def _all_reduce_small(self, flight: Flight, tensor: Tensor, op: str) -> Ticket:
+        received = tensor.new_empty(self.world, tensor.numel())
+        received[self.rank] = tensor.view(-1)
+        parts = list(received)
+        work = self.lane.start(
+            flight, lambda: self._routes.exchange([parts[self.rank]] * self.world, parts, flight.tag)
+        )
 
-    def broadcast(self, tensor: Tensor, *, root: int = 0) -> Ticket:
-        self._record("broadcast", tensor.numel(), tensor.nbytes if root == self.rank else 0)
-        work = dist.broadcast(tensor, group_src=root, group=self.group, async_op=True)
-        return Ticket(_works(work), keepalive=(tensor,))
+        def finish() -> None:
+            flat = tensor.view(-1)
+            if op == "max":
+                torch.amax(received, dim=0, out=flat)
+            else:
+                sum_chunks(flat, parts, scale=1.0, accumulate=False)
 
-    def _record(self, op: str, elements: int, sent_bytes: int) -> None:
+        return Ticket([work], keepalive=(received,), finish=finish)
+
+    def all_to_all(self, out: Tensor, src: Tensor, *, about: str = "") -> Ticket:
+        sent = src.nbytes // self.world * (self.world - 1)
+        flight = self._record("all_to_all", src, about, src.numel(), sent)
+        work = self.lane.start(flight, lambda: self._all_to_all(out, src, flight.tag))
+        return Ticket([work], keepalive=(out, src))
+
+    def _all_to_all(self, out: Tensor, src: Tensor, tag: int) -> list[Waitable]:
+        if self._native:
+            return works_of(dist.all_to_all_single(out, src, group=self.group, async_op=True))
+        sent, received = list(src.view(self.world, -1)), list(out.view(self.world, -1))
+        received[self.rank].copy_(sent[self.rank])
+        return self._routes.exchange(sent, received, tag)
+
+    def broadcast(self, tensor: Tensor, *, root: int = 0, about: str = "") -> Ticket:
+        direct = not self._native and self.world <= _SMALL_WORLD
+        copies = self.world - 1 if direct else 1
+        flight = self._record(
+            "broadcast", tensor, about, tensor.numel(), copies * tensor.nbytes if root == self.rank else 0
+        )
+
+        def issue() -> list[Waitable]:
+            if direct:
+                return self._routes.send_from(root, tensor, flight.tag)
+            return works_of(dist.broadcast(tensor, group_src=root, group=self.group, async_op=True))
+
+        return Ticket([self.lane.start(flight, issue)], keepalive=(tensor,))
+
+    def _record(self, op: str, tensor: Tensor, about: str, elements: int, sent_bytes: int) -> Flight:
         self.log.record(self.axis, op, elements, sent_bytes)
-
-    # -- routes on gloo ------------------------------------------------------------------------------------
-
-    def _exchange(self, sent: list[Tensor], received: list[Tensor]) -> list[Waitable]:
-        """sent[r] to rank r and received[r] from it, for every other rank.
-
-        Each exchange has a tag of its own: two in flight between the same ranks never mix.
-        """
-        self._tag += 1
-        works: list[Waitable] = []
-        for step in range(1, self.world):
-            to, source = (self.rank + step) % self.world, (self.rank - step) % self.world
-            works += _works(dist.irecv(received[source], group=self.group, group_src=source, tag=self._tag))
-            works += _works(dist.isend(sent[to], group=self.group, group_dst=to, tag=self._tag))
-        return works
-
-    def _gather_direct(self, out: Tensor, mine: Tensor) -> list[Waitable]:
-        return self._exchange([mine] * self.world, list(out.view(self.world, -1)))
-
-    def _gather_broadcasts(self, out: Tensor, mine: Tensor) -> list[Waitable]:
-        parts = out.view(self.world, -1)
-        works: list[Waitable] = []
-        for root in range(self.world):
-            works += _works(dist.broadcast(parts[root], group=self.group, group_src=root, async_op=True))
-        return works
-
-    def _gather_native(self, out: Tensor, mine: Tensor) -> list[Waitable]:
-        return [_all_gather(out, mine, self.group)]
-
-    def _exchange_direct(self, out: Tensor, src: Tensor) -> list[Waitable]:
-        """Chunk r of `src` to rank r; this rank's own chunk of `out` is left alone."""
-        return self._exchange(list(src.view(self.world, -1)), list(out.view(self.world, -1)))
-
-    def _exchange_native(self, out: Tensor, src: Tensor) -> list[Waitable]:
-        return _works(dist.all_to_all_single(out, src, group=self.group, async_op=True))
-
-    def _route(self, op: str, nbytes: int) -> _Exchange:
-        """The fastest candidate for this op and size class (powers of four from 1 MiB)."""
-        candidates: tuple[_Exchange, ...]
-        if op == "all_gather":
-            candidates = (self._gather_direct, self._gather_broadcasts, self._gather_native)
-        else:
-            candidates = (self._exchange_direct, self._exchange_native)
-        if nbytes < _PROBE_FROM_BYTES:
-            return candidates[0]
-        key = (op, nbytes.bit_length() // 2)
-        if key not in self._routes:
-            self._routes[key] = self._probe(op, nbytes, candidates)
-        return self._routes[key]
-
-    def _probe(self, op: str, nbytes: int, candidates: tuple[_Exchange, ...]) -> _Exchange:
-        """Time each candidate on scratch buffers; collective. Rank 0's choice is everybody's."""
-        nbytes = min(nbytes, 1 << 24) // self.world * self.world
-        out = torch.zeros(nbytes, dtype=torch.uint8)
-        src = out.view(self.world, -1)[self.rank] if op == "all_gather" else torch.zeros_like(out)
-        best = []
-        for candidate in candidates:
-            times = []
-            for _ in range(_PROBE_ROUNDS):
-                dist.barrier(group=self.group)
-                began = time.perf_counter()
-                Ticket(candidate(out, src)).wait()
-                times.append(time.perf_counter() - began)
-            best.append(min(times))
-        best[0] *= _DIRECT_BONUS
-        choice = torch.tensor([min(range(len(best)), key=best.__getitem__)])
-        dist.broadcast(choice, group=self.group, group_src=0)
-        return candidates[int(choice)]
-
-
-def _works(work: Waitable | None) -> list[Waitable]:
-    return [] if work is None else [work]
-
-
-def _all_gather(out: Tensor, shard: Tensor, group: ProcessGroup) -> Waitable:
-    """torch renamed this collective between 2.11 and 2.13; old and new take the same arguments."""
-    op: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    work: Waitable = op(out, shard, group=group, async_op=True)
-    return work
-
-
-def _reduce_scatter(out: Tensor, full: Tensor, group: ProcessGroup) -> Waitable:
-    op: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    work: Waitable = op(out, full, group=group, async_op=True)
-    return work
+        return self.lane.record(op, tensor, about)

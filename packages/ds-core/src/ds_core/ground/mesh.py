@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,12 +20,30 @@ from torch.distributed import ProcessGroup
 
 from ds_core.ground.accelerator import Accelerator
 from ds_core.ground.collectives import LocalCommunicator, TorchCommunicator, WireLog
+from ds_core.ground.flight import Lane
+from ds_core.ground.ticket import Waitable
+from ds_core.ground.watch import Watch
 from ds_core.ground.wire import Communicator
 
-DEFAULT_TIMEOUT_S = 600.0
+DEFAULT_TIMEOUT_S = 60.0
 
 
-def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
+def timeout_seconds(given: float | None = None) -> float:
+    """How long ranks wait for each other: as given, else DS_TIMEOUT_S, else a minute. It reaches every group.
+
+    Raises ValueError for what is no number above 0.
+    """
+    text = os.environ.get("DS_TIMEOUT_S", "")
+    try:
+        seconds = given if given is not None else float(text) if text else DEFAULT_TIMEOUT_S
+    except ValueError:
+        raise ValueError(f"DS_TIMEOUT_S={text!r} must be a number of seconds, such as 300") from None
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"a timeout must be above 0 seconds, got {seconds:g}")
+    return seconds
+
+
+def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float | None = None) -> bool:
     """Join the job that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
     True when torch.distributed is initialised afterwards. Without RANK and WORLD_SIZE this is one process
@@ -37,6 +55,7 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
         return False
     accelerator = accelerator or Accelerator.current()
     accelerator.activate()
+    timeout = timedelta(seconds=timeout_seconds(timeout_s))
     if os.environ.get("MASTER_ADDR") is None and os.environ["WORLD_SIZE"] == "1":
         with tempfile.TemporaryDirectory() as folder:
             store = dist.FileStore(  # type: ignore[attr-defined]
@@ -47,15 +66,36 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
                 store=store,
                 rank=0,
                 world_size=1,
-                timeout=timedelta(seconds=timeout_s),
+                timeout=timeout,
             )
         return True
-    dist.init_process_group(accelerator.comm_backend, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(accelerator.comm_backend, timeout=timeout)
     return True
 
 
 _OPEN: WeakSet[TorchCommunicator] = WeakSet()
-_GOODBYE_S = 2.0
+_WATCHES: WeakKeyDictionary[ProcessGroup, Watch] = WeakKeyDictionary()  # by the job's group
+_GOODBYE_S = 6.0
+
+
+def _watch(timeout_s: float) -> Watch | None:
+    """This process's watch over its lanes; none where nothing is sent."""
+    world = dist.group.WORLD
+    if world is None or dist.get_backend() == "fake":
+        return None
+    if world not in _WATCHES:
+        base = dist.distributed_c10d._get_default_store()
+        store = dist.PrefixStore("ds-watch/", base)  # type: ignore[attr-defined]
+        _WATCHES[world] = Watch(store, dist.get_rank(), dist.get_world_size(), timeout_s)
+    return _WATCHES[world]
+
+
+def lane_of(name: str, group: ProcessGroup | None = None, timeout_s: float | None = None) -> Lane:
+    """Where collectives on a group that no mesh made (None: the job's own) are recorded, under a name."""
+    group = group if group is not None else dist.group.WORLD
+    assert group is not None
+    watch = _watch(timeout_seconds(timeout_s))
+    return watch.lane(name, group) if watch else Lane(name, dist.get_process_group_ranks(group))
 
 
 def leave_distributed() -> None:
@@ -63,6 +103,9 @@ def leave_distributed() -> None:
 
     Waits for what is still on the wire, and for the threads of the groups. Harmless when nothing is open.
     """
+    for watch in list(_WATCHES.values()):
+        watch.leave()
+    _WATCHES.clear()
     for communicator in list(_OPEN):
         communicator.close()
     if dist.is_initialized():
@@ -118,7 +161,7 @@ class Topology:
             )
         return given
 
-    def build(self, accelerator: Accelerator | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> Mesh:
+    def build(self, accelerator: Accelerator | None = None, *, timeout_s: float | None = None) -> Mesh:
         """Lay the ranks of the job out as a mesh, last axis fastest. Joins the job if that is still to do."""
         accelerator = accelerator or Accelerator.current()
         init_distributed(accelerator, timeout_s=timeout_s)
@@ -126,17 +169,22 @@ class Topology:
         return Mesh(accelerator, self.degrees(world), timeout_s=timeout_s)
 
 
+_JOINED: dict[str, tuple[str, ...]] = {"data": ("dp_replicate", "dp_shard"), "world": ()}
+_PATIENCE = 0.9  # of the limit, for a wait; the rest is for ranks to tell each other what happened
+
+
 class Mesh:
-    """Every named view over the ranks: axes pp, dp_replicate, dp_shard, cp, tp.
+    """Every named view over the ranks: axes pp, dp_replicate, dp_shard, cp, tp; "data" joins the two of data
+    parallelism, "world" all.
 
     Collective: all ranks of the job ask for communicators in the same order.
     """
 
     def __init__(
-        self, accelerator: Accelerator, degrees: Mapping[str, int], *, timeout_s: float = DEFAULT_TIMEOUT_S
+        self, accelerator: Accelerator, degrees: Mapping[str, int], *, timeout_s: float | None = None
     ) -> None:
         self.accelerator = accelerator
-        self.timeout_s = timeout_s
+        self.timeout_s = timeout_seconds(timeout_s)
         self.log = WireLog()
         self._degrees = dict(degrees)
         self._grid = torch.arange(math.prod(degrees.values())).view(*degrees.values())
@@ -145,12 +193,23 @@ class Mesh:
         self._place = dict(zip(degrees, place, strict=True))
         self._communicators: dict[tuple[str, str], Communicator] = {}
 
+    def _parts(self, axis: str) -> tuple[str, ...]:
+        """The axes that a name stands for. Raises LookupError naming those there are."""
+        if axis in self._degrees:
+            return (axis,)
+        if axis not in _JOINED:
+            raise LookupError(f"no axis {axis!r}; there are {', '.join((*self._degrees, *_JOINED))}")
+        return tuple(part for part in self._degrees if part in (_JOINED[axis] or self._degrees))
+
     def size(self, axis: str) -> int:
-        return self._degrees[axis]
+        return math.prod(self._degrees[part] for part in self._parts(axis))
 
     def rank(self, axis: str) -> int:
         """This process's place along `axis`."""
-        return int(self._place[axis])
+        place = 0
+        for part in self._parts(axis):
+            place = place * self._degrees[part] + int(self._place[part])
+        return place
 
     @property
     def world(self) -> int:
@@ -176,20 +235,24 @@ class Mesh:
         backend = None
         if channel == "control" and dist.get_backend() not in ("gloo", "fake"):
             backend = "gloo"
-        dim = list(self._degrees).index(axis)
-        rows = self._grid.movedim(dim, -1).reshape(-1, self.size(axis)).tolist()
-        mine: ProcessGroup | None = None
-        for ranks in rows:
-            group = dist.new_group(
-                ranks,
-                backend=backend,
-                timeout=timedelta(seconds=self.timeout_s),
-                group_desc=f"{axis}-{channel}",
-            )
-            if dist.get_rank() in ranks:
-                mine = group
-        assert mine is not None
-        communicator = TorchCommunicator(mine, device, log=self.log, axis=axis)
+        dims = [list(self._degrees).index(part) for part in self._parts(axis)]
+        rows = self._grid.movedim(dims, list(range(-len(dims), 0))).reshape(-1, self.size(axis)).tolist()
+        mine: list[ProcessGroup] = []
+
+        def make() -> list[Waitable]:
+            for ranks in rows:
+                timeout = timedelta(seconds=_PATIENCE * self.timeout_s)
+                name = f"{axis}-{channel}"
+                group = dist.new_group(ranks, backend=backend, timeout=timeout, group_desc=name)
+                if dist.get_rank() in ranks:
+                    mine.append(group)
+            return []
+
+        making = lane_of("new groups", timeout_s=self.timeout_s)
+        making.start(making.record("new_group", self._grid, f"{axis}/{channel}"), make)
+        watch = _watch(self.timeout_s)
+        lane = watch.lane(f"{axis}/{channel}", mine[0]) if watch is not None else None
+        communicator = TorchCommunicator(mine[0], device, log=self.log, axis=axis, lane=lane)
         _OPEN.add(communicator)
         return communicator
 
@@ -202,5 +265,4 @@ class Mesh:
 
     def barrier(self) -> None:
         """Every rank of the job has come here."""
-        if dist.is_initialized() and self.world > 1:
-            dist.barrier()
+        self.communicator("world", "control").all_reduce(torch.zeros(1), about="a barrier").wait()

@@ -15,7 +15,9 @@ from ds_core.ground.ticket import Ticket
 class Communicator(Protocol):
     """Collectives over one group, asynchronous, on contiguous 1-D tensors.
 
-    Collective: every rank of the group makes the same calls in the same order.
+    Collective: every rank of the group makes the same calls in the same order. `about` says what travels (a
+    unit's name and module, for instance): it is part of what ranks must agree on, and of the message when
+    they do not.
     """
 
     @property
@@ -27,12 +29,12 @@ class Communicator(Protocol):
         """A wire buffer on this communicator's device, uninitialised."""
         ...
 
-    def all_gather(self, out: Tensor, shard: Tensor) -> Ticket:
+    def all_gather(self, out: Tensor, shard: Tensor, *, about: str = "") -> Ticket:
         """[world * n] <- [n]. `shard` may be this rank's part of `out`."""
         ...
 
     def reduce_scatter(
-        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False
+        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False, about: str = ""
     ) -> Ticket:
         """[n] <- [world * n]: this rank's part of the sum over ranks, times `scale`, in `out`'s dtype.
 
@@ -40,15 +42,15 @@ class Communicator(Protocol):
         """
         ...
 
-    def all_reduce(self, tensor: Tensor, *, op: str = "sum") -> Ticket:
+    def all_reduce(self, tensor: Tensor, *, op: str = "sum", about: str = "") -> Ticket:
         """In place; `op` is "sum" or "max"."""
         ...
 
-    def all_to_all(self, out: Tensor, src: Tensor) -> Ticket:
+    def all_to_all(self, out: Tensor, src: Tensor, *, about: str = "") -> Ticket:
         """[world * n] <- [world * n]: chunk r of `src` goes to rank r."""
         ...
 
-    def broadcast(self, tensor: Tensor, *, root: int = 0) -> Ticket:
+    def broadcast(self, tensor: Tensor, *, root: int = 0, about: str = "") -> Ticket:
         """In place, from `root` (a rank of the group)."""
         ...
 

@@ -128,7 +128,7 @@ def _check_tag(engine: Engine, tag: str, validation: str) -> None:
         return
     number = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7], "big")
     ends = torch.tensor([number, -number])
-    engine.owner.control.all_reduce(ends, op="max").wait()
+    engine.owner.control.all_reduce(ends, op="max", about="a checkpoint's tag").wait()
     if int(ends[0]) == -int(ends[1]):
         return
     rank = engine.owner.comm.rank

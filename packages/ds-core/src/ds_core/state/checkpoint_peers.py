@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ds_core.ground.mesh import lane_of
 from ds_core.state.checkpoint_index import SaveError
 
 
@@ -42,7 +45,7 @@ class Peers:
             return [list(numbers)]
         row = torch.tensor([int(error is not None), *numbers], dtype=torch.int64, device=self._device)
         late = f"waited {self._timeout_s:g} s in {doing} for other ranks; every rank must call it"
-        rows = [values.tolist() for values in self._gather(row, late if entering else None)]
+        rows = [values.tolist() for values in self._gather(row, doing, late if entering else None)]
         if any(values[0] for values in rows):
             texts = self.gather_text("" if error is None else f"{type(error).__name__}: {error}")
             if error is not None:
@@ -59,26 +62,40 @@ class Peers:
         if self.world == 1:
             return [text]
         raw = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(self._device)
-        sizes = [int(size) for size in self._gather(torch.tensor([raw.numel()], device=self._device))]
+        sizes = [
+            int(size) for size in self._gather(torch.tensor([raw.numel()], device=self._device), "texts")
+        ]
         padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
         padded[: raw.numel()] = raw
-        found = self._gather(padded)
+        found = self._gather(padded, "texts")
         return [
             bytes(values[:size].tolist()).decode().strip() for values, size in zip(found, sizes, strict=True)
         ]
 
-    def _gather(self, row: Tensor, late: str | None = None) -> list[Tensor]:
+    def _gather(self, row: Tensor, doing: str, late: str | None = None) -> list[Tensor]:
         """`late` is what to raise when others do not come in time; None waits as long as the group does."""
         out = [torch.empty_like(row) for _ in range(self.world)]
+        lane = lane_of("checkpoint", self._group)
+        flight = lane.record("all_gather", row, doing)
         work = dist.all_gather(out, row, group=self._group, async_op=True)
+        wait = _Bounded(work, self._timeout_s, SaveError(late, rank=self.rank)) if late else work
+        lane.wait(flight, [wait])
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounded:
+    """Work that is waited for no longer than `limit_s`."""
+
+    work: Any
+    limit_s: float
+    late: SaveError
+
+    def wait(self) -> None:
         start = time.monotonic()
         try:
-            if late is None:
-                work.wait()
-            else:
-                work.wait(timedelta(seconds=self._timeout_s))
+            self.work.wait(timedelta(seconds=self.limit_s))
         except RuntimeError as error:
-            if late is None or time.monotonic() - start < self._timeout_s:
+            if time.monotonic() - start < self.limit_s:
                 raise
-            raise SaveError(late, rank=self.rank) from error
-        return out
+            raise self.late from error

@@ -128,23 +128,23 @@ class FlatOwner(SavedUnits):
 
     def _fill_buffers(self) -> None:
         for buffer in self.model.buffers():
-            self.take_from_first(buffer)
+            self.take_from_first(buffer, "a buffer")
 
     def _fill(self, unit: FlatUnit) -> None:
         flat = flatten(unit)
-        self.take_from_first(flat)
+        self.take_from_first(flat, unit.about)
         unit.adopt(flat, self.store)
 
-    def take_from_first(self, tensor: Tensor) -> None:
+    def take_from_first(self, tensor: Tensor, about: str = "") -> None:
         """The contents of a tensor that every rank has become rank 0's. Collective over all data ranks."""
-        self.comm.broadcast(tensor).wait()
+        self.comm.broadcast(tensor, about=about).wait()
 
     def gather_shards(self, unit: FlatUnit, shard: Tensor) -> Tensor:
         """All ranks' shards [shard_numel] of a unit in a row: [numel]. Collective where units are cut."""
         if unit.layout.world == 1:
             return shard
         flat = torch.empty(unit.layout.numel, dtype=shard.dtype, device=shard.device)
-        self.gather_comm.all_gather(flat, shard).wait()
+        self.gather_comm.all_gather(flat, shard, about=unit.about).wait()
         return flat
 
     # -- the root's forward (these two hooks outlive any change of units) ----------------------------------

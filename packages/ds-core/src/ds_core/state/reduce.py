@@ -154,6 +154,7 @@ class GradReducer:
                 bucket,
                 scale=1.0 / self._comm.world,
                 accumulate=accumulate,
+                about=unit.about,
             )
         self._in_flight.append(ticket)
         while len(self._in_flight) > (IN_FLIGHT if self._overlap else 0):
@@ -192,7 +193,7 @@ class GradReducer:
             else:
                 unit.gradient = bucket.to(unit.grad_dtype)
 
-        return Ticket([self._comm.all_reduce(bucket)], keepalive=(bucket,), finish=keep)
+        return Ticket([self._comm.all_reduce(bucket, about=unit.about)], keepalive=(bucket,), finish=keep)
 
     # -- at the step ---------------------------------------------------------------------------------------
 
@@ -230,7 +231,7 @@ class GradReducer:
         flags = [float(seen) for slots in self._seen for seen in slots]
         flags += [float(pending.bucket is not None) for pending in self._pending]
         votes = torch.tensor(flags, dtype=torch.float32)
-        self._control.all_reduce(votes, op="max").wait()
+        self._control.all_reduce(votes, op="max", about="the gradients that ranks have").wait()
         agreed = [vote > 0 for vote in votes.tolist()]
         at = 0
         for unit in self.units:
@@ -244,7 +245,7 @@ class GradReducer:
         known = list(dict.fromkeys(self._finished))
         rest = [index for index in self.order if index not in set(known)]
         order = torch.tensor(known + rest, dtype=torch.int64)
-        self._control.broadcast(order).wait()
+        self._control.broadcast(order, about="the order of reductions").wait()
         self.order = order.tolist()
 
     def clear(self) -> None:

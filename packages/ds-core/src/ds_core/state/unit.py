@@ -61,6 +61,7 @@ class FlatUnit:
     ) -> None:
         self.plan = plan
         self.key = plan.key
+        self.about = plan.about
         self.rank = rank
         self.trainable = plan.trainable
         self.keep_whole = keep_whole

@@ -24,6 +24,11 @@ class UnitPlan:
     trainable: bool
 
     @property
+    def about(self) -> str:
+        """What this is in a message: its first parameter and the module that needs it."""
+        return f"{self.key} (module {self.users[0] or 'the model'})" if self.users else self.key
+
+    @property
     def numel(self) -> int:
         return sum(param.numel() for _, param in self.params)
 

@@ -49,25 +49,25 @@ class _Forwarding:
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.inner.allocate(numel, dtype)
 
-    def all_gather(self, out: Tensor, shard: Tensor) -> Ticket:
-        return self._run("all_gather", lambda: self.inner.all_gather(out, shard))
+    def all_gather(self, out: Tensor, shard: Tensor, *, about: str = "") -> Ticket:
+        return self._run("all_gather", lambda: self.inner.all_gather(out, shard, about=about))
 
     def reduce_scatter(
-        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False
+        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False, about: str = ""
     ) -> Ticket:
         return self._run(
             "reduce_scatter",
-            lambda: self.inner.reduce_scatter(out, full, scale=scale, accumulate=accumulate),
+            lambda: self.inner.reduce_scatter(out, full, scale=scale, accumulate=accumulate, about=about),
         )
 
-    def all_reduce(self, tensor: Tensor, *, op: str = "sum") -> Ticket:
-        return self._run("all_reduce", lambda: self.inner.all_reduce(tensor, op=op))
+    def all_reduce(self, tensor: Tensor, *, op: str = "sum", about: str = "") -> Ticket:
+        return self._run("all_reduce", lambda: self.inner.all_reduce(tensor, op=op, about=about))
 
-    def all_to_all(self, out: Tensor, src: Tensor) -> Ticket:
-        return self._run("all_to_all", lambda: self.inner.all_to_all(out, src))
+    def all_to_all(self, out: Tensor, src: Tensor, *, about: str = "") -> Ticket:
+        return self._run("all_to_all", lambda: self.inner.all_to_all(out, src, about=about))
 
-    def broadcast(self, tensor: Tensor, *, root: int = 0) -> Ticket:
-        return self._run("broadcast", lambda: self.inner.broadcast(tensor, root=root))
+    def broadcast(self, tensor: Tensor, *, root: int = 0, about: str = "") -> Ticket:
+        return self._run("broadcast", lambda: self.inner.broadcast(tensor, root=root, about=about))
 
     def _run(self, op: str, start: Callable[[], Ticket]) -> Ticket:
         return start()
@@ -115,13 +115,13 @@ class DroppingCommunicator(_Forwarding):
         self.seen = 0
 
     def reduce_scatter(
-        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False
+        self, out: Tensor, full: Tensor, *, scale: float = 1.0, accumulate: bool = False, about: str = ""
     ) -> Ticket:
         drop = self.seen == self.index
         self.seen += 1
         if not drop:
-            return super().reduce_scatter(out, full, scale=scale, accumulate=accumulate)
+            return super().reduce_scatter(out, full, scale=scale, accumulate=accumulate, about=about)
         if not accumulate:
             out.zero_()
         # The wire still sees it, so the ranks stay in step.
-        return self.inner.reduce_scatter(torch.empty_like(out), full, scale=scale)
+        return self.inner.reduce_scatter(torch.empty_like(out), full, scale=scale, about=about)

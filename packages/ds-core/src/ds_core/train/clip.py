@@ -30,11 +30,11 @@ def square_and_sums(optimizer: ShardedOptimizer, sums: Tensor | None) -> Tensor:
         square = torch.stack(list(norms)).double().square().sum().view(1)
     if owner.sharded:
         message = square if sums is None else torch.cat([square, sums])
-        owner.comm.all_reduce(message).wait()
+        owner.comm.all_reduce(message, about="the gradient norm").wait()
         return message
     if sums is None:
         return square
-    owner.comm.all_reduce(sums).wait()
+    owner.comm.all_reduce(sums, about="the loss").wait()
     return torch.cat([square, sums])
 
 

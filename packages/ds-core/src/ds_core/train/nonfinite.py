@@ -127,7 +127,7 @@ def _gather(control: Communicator, mine: list[int]) -> list[list[int]]:
     """Each rank's row of numbers from 0 up. Collective."""
     table = torch.zeros(control.world, len(mine), dtype=torch.int64)
     table[control.rank] = torch.tensor(mine)
-    control.all_reduce(table, op="max").wait()
+    control.all_reduce(table, op="max", about="what is not finite").wait()
     rows: list[list[int]] = table.tolist()
     return rows
 

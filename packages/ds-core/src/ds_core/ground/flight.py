@@ -1,0 +1,160 @@
+"""What this rank has sent so far, group by group: the evidence for the day when ranks stop agreeing."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Protocol
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from ds_core.ground.ticket import Waitable
+
+RING = 256  # collectives that a lane remembers
+
+_LIBRARIES = tuple({path for path in sysconfig.get_paths().values() if path})
+_SUITE = frozenset({"core", "kernels", "zero", "offload", "comm", "pipe", "moe"})
+_SUITE |= frozenset({"inference", "compression", "chat"})
+_CALLERS = 3  # user lines that a collective is remembered with, the innermost first
+
+Lines = tuple[tuple[CodeType, int], ...]
+
+
+@dataclass(slots=True, frozen=True)
+class Flight:
+    """One collective as this rank issued it. `digest` covers it and everything before it in its lane."""
+
+    number: int
+    op: str
+    dtype: torch.dtype
+    numel: int
+    about: str
+    digest: int
+    lines: Lines
+
+    def __str__(self) -> str:
+        about = f" of {self.about}" if self.about else ""
+        return f"{self.op}{about}, {self.numel} x {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def where(self) -> str:
+        """The user's source lines, the innermost first; empty where there was none."""
+        return place(self.lines)
+
+    @property
+    def tag(self) -> int:
+        """What messages carry, so that those of different collectives never meet."""
+        return crc32(f"{self.number} {self}".encode()) & 0x7FFFFFFF
+
+
+class Guard(Protocol):
+    """Who knows whether ranks still agree."""
+
+    def check(self) -> None:
+        """Raises DesyncError when they do not."""
+        ...
+
+    def explain(self, error: Exception) -> None:
+        """Raises DesyncError in place of an error of the wire, if there is more to say."""
+        ...
+
+
+class Lane:
+    """The collectives of one process group, numbered from 1.
+
+    Recording one takes a few microseconds and sends nothing. Who waits says for what (`waiting`), so that
+    another thread can tell.
+    """
+
+    def __init__(self, name: str, ranks: Sequence[int], guard: Guard | None = None) -> None:
+        self.name = name
+        self.ranks = tuple(ranks)
+        self.number = 0
+        self.digest = 0
+        self.waiting: Flight | None = None
+        self._guard = guard
+        self._ring: list[Flight | None] = [None] * RING
+
+    def record(self, op: str, tensor: Tensor, about: str = "") -> Flight:
+        """The next collective of this lane. Raises DesyncError when it can no longer take place."""
+        if self._guard is not None:
+            self._guard.check()
+        number = self.number + 1
+        digest = crc32(f"{op} {tensor.dtype} {tensor.numel()} {about}".encode(), self.digest)
+        lines = user_lines(sys._getframe(1))
+        flight = Flight(number, op, tensor.dtype, tensor.numel(), about, digest, lines)
+        self._ring[number % RING] = flight
+        self.number, self.digest = number, digest
+        return flight
+
+    def start(self, flight: Flight, issue: Callable[[], Sequence[Waitable]]) -> Waitable:
+        """Hand a collective to the wire. Waiting for it raises DesyncError when ranks disagree."""
+        self.waiting = flight  # choosing a route may wait
+        try:
+            works = issue()
+        except RuntimeError as error:
+            self._explain(flight, error)
+            raise
+        self.waiting = None
+        return _Awaited(self, flight, works)
+
+    def wait(self, flight: Flight, works: Sequence[Waitable]) -> None:
+        """Wait, and be seen to wait."""
+        self.waiting = flight
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            self._explain(flight, error)
+            raise
+        self.waiting = None
+
+    def _explain(self, flight: Flight, error: RuntimeError) -> None:
+        self.waiting = flight
+        if self._guard is not None:
+            self._guard.explain(error)
+
+    def recent(self, count: int = RING) -> list[Flight]:
+        """The last collectives, oldest first."""
+        last = self.number
+        found = [self._ring[number % RING] for number in range(max(1, last - min(count, RING) + 1), last + 1)]
+        return [flight for flight in found if flight is not None]
+
+
+@dataclass(slots=True, frozen=True)
+class _Awaited:
+    """The works of one collective, as one."""
+
+    lane: Lane
+    flight: Flight
+    works: Sequence[Waitable]
+
+    def wait(self) -> None:
+        self.lane.wait(self.flight, self.works)
+
+
+def user_lines(frame: FrameType | None) -> Lines:
+    """The innermost lines outside of Python's library, installed packages and this suite."""
+    found: list[tuple[CodeType, int]] = []
+    while frame is not None and len(found) < _CALLERS:
+        code = frame.f_code
+        if not code.co_filename.startswith(_LIBRARIES) and code.co_filename[0] != "<" and not _is_ours(frame):
+            found.append((code, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(found)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    package: str = frame.f_globals.get("__name__", "").partition(".")[0]
+    return package[:3] == "ds_" and package[3:] in _SUITE
+
+
+def place(lines: Lines) -> str:
+    """Such as "model.py:12 in forward < train.py:40 in main"; empty where no line is the user's."""
+    return " < ".join(f"{Path(code.co_filename).name}:{line} in {code.co_name}" for code, line in lines)
