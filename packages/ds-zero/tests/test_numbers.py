@@ -82,8 +82,9 @@ def means_equal_the_twin(engine: Engine, rank: int, ranks: int) -> None:
 def bytes_by_formula(engine: Engine, ranks: int, *, first: bool) -> dict[str, int]:
     """Sent by one rank in a step, in fp32, every unit on its own and none kept for the backward.
 
-    A reduce-scatter or an all-gather of N elements sends N * (W - 1) / W, an all-reduce twice that. With Psi
-    elements in all: stage 0 reduces whole, 1 and 2 scatter (2: in every micro batch) and gather once, 3
+    A reduce-scatter or an all-gather of N elements sends N * (W - 1) / W, an all-reduce twice that, but a
+    small one, and a broadcast, N * (W - 1): every rank, or the first, sends to all others. With Psi elements
+    in all: stage 0 reduces whole, 1 and 2 scatter (2: in every micro batch) and gather once, 3
     scatters and gathers twice in every micro batch. On top: one vote for each parameter and each unit, the
     norm and five sums in doubles, and in the first step rank 0's order of the units.
     """
@@ -93,13 +94,18 @@ def bytes_by_formula(engine: Engine, ranks: int, *, first: bool) -> dict[str, in
     units = engine.owner.units
     scattered = sum(4 * unit.layout.numel // ranks * (ranks - 1) for unit in units)
     gathered = sum(4 * unit.layout.shard_numel * (ranks - 1) for unit in units)
-    whole = sum(2 * 4 * unit.layout.numel * (ranks - 1) // ranks for unit in units)
+    whole = sum(all_reduced(4 * unit.layout.numel, ranks) for unit in units)
     micros = engine.accumulate
     model = [whole, scattered + gathered, micros * scattered + gathered, micros * (scattered + 2 * gathered)]
-    votes = 2 * 4 * (sum(len(unit.params) for unit in units) + len(units)) * (ranks - 1) // ranks
-    sums = 2 * 8 * (6 if stage else 5) * (ranks - 1) // ranks
-    order = 8 * len(units) if first and engine.owner.comm.rank == 0 else 0
+    votes = all_reduced(4 * (sum(len(unit.params) for unit in units) + len(units)), ranks)
+    sums = all_reduced(8 * (6 if stage else 5), ranks)
+    order = 8 * len(units) * (ranks - 1) if first and engine.owner.comm.rank == 0 else 0
     return {"dp_shard": model[stage] + votes + sums + order}
+
+
+def all_reduced(nbytes: int, ranks: int) -> int:
+    """Bytes that one rank sends for an all-reduce."""
+    return nbytes * (ranks - 1) if nbytes <= 4096 else 2 * nbytes * (ranks - 1) // ranks
 
 
 def token_means_equal_one_large_batch(engine: Engine, rank: int, ranks: int) -> None:

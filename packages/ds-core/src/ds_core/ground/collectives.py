@@ -16,7 +16,7 @@ from ds_core.ground.routes import Routes, native_all_gather, native_reduce_scatt
 from ds_core.ground.ticket import Ticket, Waitable
 
 _SUM_BLOCK = 1 << 18  # elements summed at a time: three fp32 blocks of it stay in cache
-_SMALL_BYTES = 1 << 16  # up to here every rank sends to every other: one hop, and signed
+_SMALL_BYTES = 1 << 12  # up to here every rank sends to every other: one hop, and signed
 _SMALL_WORLD = 8
 
 
