@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ds_core.setup.estimate import Count, DoesNotFit, Recipe, check_fits, estimate, estimate_all, gigabytes
+from ds_core.setup.estimate import Count, DoesNotFit, Recipe, check_fits, estimate, estimate_all
+from ds_core.train.memory import gigabytes
 
 
 @pytest.mark.parametrize(("stage", "gb"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.9)])

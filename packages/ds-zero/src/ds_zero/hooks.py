@@ -179,18 +179,16 @@ class UseHooks:
 
     def _before_backward(self, units: list[FlatUnit], lookup: bool, ends: bool, grad: Tensor) -> None:
         self._owner.hooks.open_round()
-        if self._retired:
+        if self._retired or lookup:  # a tied embedding's place in the order is its last use, the head
             return
         gatherer = self._owner.gatherer
-        if not lookup:
-            for unit in units:
-                self._backward_users[self._index[id(unit)]] += ends
-                gatherer.launch(unit)
+        for unit in units:
+            self._backward_users[self._index[id(unit)]] += ends
+            gatherer.launch(unit)
         for ahead in self._hint.before(self._index[id(units[0])]):
             if not _needs_no_backward(self._units[ahead], self._owner.model):
                 gatherer.launch(self._units[ahead])
-        if not lookup:
-            gatherer.acquire_all(units)
+        gatherer.acquire_all(units)
 
     def _after_backward(self, units: list[FlatUnit]) -> None:
         """The backward of one use is over. Units without another open use go, if no use is still to come."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ds_core.setup.shape import within
+
 
 class OrderHint:
     """Follows a pass over the units and says what probably comes next.
@@ -25,7 +27,7 @@ class OrderHint:
 
     def _find_tail(self) -> frozenset[int]:
         """The units that the known pass ends with and its backward begins with, within what may be kept."""
-        return frozenset(_within(self._known[::-1], self._numels, self._keep))
+        return frozenset(within(self._known[::-1], self._numels, self._keep))
 
     def begin(self) -> None:
         """A new pass starts: what was seen becomes what is known."""
@@ -56,16 +58,4 @@ class OrderHint:
         return self._ahead(self._known[:at][::-1])
 
     def _ahead(self, following: Sequence[int]) -> list[int]:
-        return _within(following, self._numels, self._budget)
-
-
-def _within(following: Sequence[int], numels: Sequence[int], room: int) -> list[int]:
-    """The first units of `following` that fit into `room` elements together; the very first always does."""
-    chosen: list[int] = []
-    for unit in following:
-        if room <= 0 or (chosen and numels[unit] > room):
-            break
-        if unit not in chosen:
-            chosen.append(unit)
-            room -= numels[unit]
-    return chosen
+        return within(following, self._numels, self._budget)

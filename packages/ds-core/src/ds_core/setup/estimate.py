@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import nn
 
+from ds_core.train.memory import Memory, advice, gigabytes
+
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 
@@ -173,6 +175,7 @@ def check_fits(
         f" {gigabytes(mine.total)} per rank without activations, there are {gigabytes(available)}\n"
         + text_table(stages, available)
         + "\n"
+        + _cheapest(mine, recipe, int(mine.total - available))
         + _advice(count, stages, stage, available, recipe, largest_unit)
     )
 
@@ -187,12 +190,19 @@ def text_table(stages: Sequence[Estimate], available: float | None = None) -> st
     return "\n".join(lines)
 
 
-def gigabytes(size: float) -> str:
-    """Decimal units, as in the ZeRO paper: "31.4 GB"."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size:.0f} B"
+def _cheapest(mine: Estimate, recipe: Recipe, missing: int) -> str:
+    """The three cheapest single changes, one line each."""
+    parts = (mine.params, mine.grads, mine.optimizer, 0, mine.working, 0)
+    changes = advice(
+        Memory(*map(int, parts)),
+        ranks=mine.ranks,
+        stage=mine.stage,
+        low=recipe.param_bytes < 4,
+        recompute=True,
+        single=True,
+        missing=missing,
+    )
+    return "".join(f"  {number}. {change}\n" for number, change in enumerate(changes, 1))
 
 
 def _advice(

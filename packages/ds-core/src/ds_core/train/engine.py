@@ -6,6 +6,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import FlatShard, Json, Saveable, SavedTensor
 from ds_core.train.clip import scale_grads_, square_and_sums
 from ds_core.train.explain import explain_engine
+from ds_core.train.memory import explaining_oom
 from ds_core.train.nonfinite import NonFiniteError, explain_nonfinite
 from ds_core.train.optim import ShardedOptimizer
 from ds_core.train.scale import LossScaler
@@ -117,7 +119,8 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
         self._again = lambda: self.model(*args, **kwargs)
-        return self.model(*args, **kwargs)
+        with self._explaining_oom():
+            return self.model(*args, **kwargs)
 
     @property
     def at_boundary(self) -> bool:
@@ -151,7 +154,7 @@ class Engine:
         scaled = loss * self._tally.weight(tokens, self.accumulate)
         if self.scaler is not None:
             scaled = self.scaler.scale(scaled)
-        with self.owner.micro_step(last=self.at_boundary):
+        with self._explaining_oom(), self.owner.micro_step(last=self.at_boundary):
             scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         self._tally.add(loss, tokens, retained=retain_graph)
         self._spent = None if retain_graph else weakref.ref(loss)
@@ -210,7 +213,9 @@ class Engine:
                     f"train_batch takes {self.accumulate} micro batches, got more; change accumulate"
                 )
             self._again = partial(loss_fn, self.model, batch)
-            self.backward(loss_fn(self.model, batch))
+            with self._explaining_oom():
+                loss = loss_fn(self.model, batch)
+            self.backward(loss)
             count += 1
             report = self.step()
         if report is None:
@@ -228,7 +233,8 @@ class Engine:
 
     def _update(self, factor: float) -> None:
         scale_grads_(self.optimizer, factor)
-        self.optimizer.step()
+        with self._explaining_oom():  # the first step allocates the optimizer's state
+            self.optimizer.step()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -250,6 +256,9 @@ class Engine:
                 **counted,
             )
         return report
+
+    def _explaining_oom(self) -> AbstractContextManager[None]:
+        return explaining_oom(self.owner, self.optimizer, self.accumulate)
 
     # -- when gradients are not finite ---------------------------------------------------------------------
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ds_core.setup.estimate import DTYPE_BYTES, STAGES, DoesNotFit, Recipe, check_fits, gigabytes
+from ds_core.setup.estimate import DTYPE_BYTES, STAGES, DoesNotFit, Recipe, check_fits
+from ds_core.train.memory import gigabytes
 from ds_zero.recipes.build import Split
 from ds_zero.recipes.data import (
     Heldout,
