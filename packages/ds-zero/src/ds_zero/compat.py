@@ -1,7 +1,7 @@
-"""DeepSpeed's names for looking at sharded parameters and writing them, on the same functions as ours.
+"""DeepSpeed's names for building, looking at and writing sharded models, on the same functions as ours.
 
-`from ds_zero.compat import GatheredParameters, safe_get_full_fp32_param` in place of `deepspeed.zero` and
-`deepspeed.utils`. Unlike there, a tensor that is not sharded raises LookupError in the `safe_*` functions
+`from ds_zero.compat import Init, GatheredParameters, safe_get_full_fp32_param` in place of `deepspeed.zero`
+and `deepspeed.utils`. Unlike there, a tensor that is not sharded raises LookupError in the `safe_*` functions
 instead of giving None.
 """
 
@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ds_core.state.owner import owner_of
 from ds_core.state.unit import FlatUnit
 from ds_core.train.optim import ShardedOptimizer, optimizers_of
+from ds_zero.deferred import materialize
 from ds_zero.full import (
     full_grad,
     full_optimizer_state,
@@ -25,6 +29,48 @@ from ds_zero.full import (
     set_full_tensor,
     states_here,
 )
+
+# Arguments of DeepSpeed's zero.Init -> what they are without effect, and why anything else cannot be taken.
+_INIT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "data_parallel_group": ((None,), "give the mesh to `Zero(...).shard(model, mesh)`"),
+    "sequence_data_parallel_group": ((None,), "give the mesh to `Zero(...).shard(model, mesh)`"),
+    "mem_efficient_linear": ((None, True, False), "no linear layer is replaced"),
+    "remote_device": ((None, "none"), "nothing is offloaded while a model is built; the store does it later"),
+    "pin_memory": ((None, False), "parameters have no host memory while a model is built"),
+    "mpu": ((None,), "give the mesh to `Zero(...).shard(model, mesh)`"),
+    "zero_param_parallel_group": ((None,), "secondary shards are made when the model is sharded"),
+    "zero_quantized_weights": ((None, False), "give a codec: `Zero(...).shard(model, gather=codec)`"),
+    "zero_quantized_nontrainable_weights": ((None, False), "quantise frozen parameters before sharding"),
+    "param_swapper": ((None,), "give a store: `Zero(...).shard(model, store=store)`"),
+}
+
+
+def Init(
+    module: nn.Module | None = None,
+    *,
+    config_dict_or_path: Any = None,
+    config: Any = None,
+    enabled: bool = True,
+    dtype: torch.dtype | None = None,
+    **others: Any,
+) -> AbstractContextManager[None]:
+    """`ds_zero.materialize(dtype=dtype, enabled=enabled)`: models built inside hold no parameters yet.
+
+    The config is accepted for DeepSpeed's callers and not read: it counts where the model is sharded.
+    Raises ValueError for an argument that would do something else in DeepSpeed, TypeError for no argument of
+    its at all.
+    """
+    if module is not None:
+        raise ValueError(
+            "zero.Init cannot take module: a model that is there is cut by `Zero(stage=3).shard(model)`"
+        )
+    for name, value in others.items():
+        if name not in _INIT:
+            raise TypeError(f"zero.Init has no argument {name!r}; it has {', '.join(sorted(_INIT))}")
+        without_effect, reason = _INIT[name]
+        if not any(value is allowed or value == allowed for allowed in without_effect):
+            raise ValueError(f"zero.Init cannot take {name}={value!r}: {reason}")
+    return materialize(dtype=dtype, enabled=enabled)
 
 
 @contextlib.contextmanager

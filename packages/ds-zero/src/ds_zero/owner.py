@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from ds_core.ground.accelerator import return_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.protocols import Codec, Store
 from ds_core.setup.estimate import Recipe, check_fits
@@ -18,15 +19,21 @@ from ds_core.state.owner import FlatOwner
 from ds_core.state.precision import Precision
 from ds_core.state.unit import FlatUnit, Whole
 from ds_core.state.units import UnitPlan, plan_units
-from ds_zero.gatherer import Gatherer
-from ds_zero.hooks import UseHooks
-from ds_zero.materialize import (
+from ds_zero.deferred import shared_source
+from ds_zero.fill import (
     Initializer,
+    forget_recipes,
     materialize_buffers,
     materialize_unit,
+    read_unit,
     refuse_unfillable,
+    show_unit,
 )
+from ds_zero.gatherer import Gatherer
+from ds_zero.hooks import UseHooks
 from ds_zero.stages import Lifetime
+
+_TRIM_BYTES = 16 << 20  # what filling may leave as holes in the host's memory
 
 
 class Settings(Protocol):
@@ -74,6 +81,7 @@ class ZeroOwner(FlatOwner):
         _refuse_too_large(model, mesh, config)
         self.lifetime: Lifetime = config.lifetime
         self._gather_codec = gather
+        self._freed_bytes = 0  # of units that were filled since freed memory was last handed back
 
         def keep_whole(plan: UnitPlan) -> bool:
             return self.lifetime.whole_params or plan.numel < config.persist_numel
@@ -115,8 +123,22 @@ class ZeroOwner(FlatOwner):
         super()._fill_buffers()
 
     def _fill(self, unit: FlatUnit) -> None:
-        materialize_unit(self.model, unit, self.device, self.config.initializer)
-        super()._fill(unit)
+        flat = materialize_unit(self.model, unit, self.device, self.config.initializer)
+        if self.device.type != "meta" and any(shared_source(param) is not None for param in unit.params):
+            read_unit(self.model, unit, self.store, self.take_from_first)
+            if unit.keep_whole:
+                self.gather_comm.all_gather(unit.whole, unit.local).wait()
+            show_unit(unit)
+        elif flat is not None:
+            self.take_from_first(flat)
+            unit.adopt(flat, self.store)
+        else:
+            super()._fill(unit)
+        forget_recipes(unit)
+        self._freed_bytes += unit.layout.numel * unit.master_dtype.itemsize
+        if self._freed_bytes > _TRIM_BYTES:
+            return_freed_memory(self.mesh.accelerator)
+            self._freed_bytes = 0
 
     def close_round(self) -> None:
         super().close_round()

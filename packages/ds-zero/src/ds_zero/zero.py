@@ -17,7 +17,7 @@ from ds_core.state.hooks import dtype_of
 from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner, ReplicatedOwner
 from ds_core.train.optim import ShardedOptimizer, cut_of_model
-from ds_zero.materialize import Initializer
+from ds_zero.fill import Initializer, refuse_meta
 from ds_zero.owner import ZeroOwner
 from ds_zero.stages import Lifetime, lifetime_of
 
@@ -134,6 +134,7 @@ def shard(
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     owner: FlatOwner
     if stage == 0:
+        refuse_meta(model)
         owner = ReplicatedOwner(model, mesh, dtype=dtype, store=store, reduce=reduce)
     else:
         config = Zero(stage=stage, dtype=name, cut=cut_of_model(model, optimizer))  # type: ignore[arg-type]
