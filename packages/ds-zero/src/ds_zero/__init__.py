@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _HOME: dict[str, str] = {
     "EMA": "ds_zero.ema",
+    "TiledLinear": "ds_zero.tiled",
     "Zero": "ds_zero.zero",
     "ZeroOwner": "ds_zero.owner",
     "clip_grad_norm_": "ds_core.train.clip",

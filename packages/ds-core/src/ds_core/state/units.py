@@ -39,7 +39,8 @@ class _Atom:
 
     name: str
     module: nn.Module
-    deep: bool  # covers its whole subtree, or its direct parameters only
+    deep: bool  # covers its whole subtree but for what is apart, or its direct parameters only
+    apart: bool = False  # never put together with a neighbour
     owned: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     shared: set[int] = field(default_factory=set)
 
@@ -63,14 +64,15 @@ def plan_units(
     children of one class) are blocks and stay whole: whatever happens inside one, however dynamic, is the
     business of its single unit. A module with parameters of its own stays whole too, unless a repeating
     container is below it. Everything else is cut down to its leaves. Neighbours smaller than `bucket_numel`
-    elements are put together until they reach it.
+    elements are put together until they reach it. A module whose class says `own_unit = True` (a tile of a
+    layer that is larger than memory) is a unit by itself, wherever it is.
     """
     if bucket_numel < 1:
         raise ValueError(f"bucket_numel must be at least 1 element, got {bucket_numel}")
     atoms = list(_atoms("", model))
     _assign(atoms)
-    groups: dict[Kind, list[tuple[list[tuple[str, nn.Parameter]], list[str]]]] = {}
-    order: list[tuple[Kind, int]] = []
+    made: list[tuple[Kind, list[tuple[str, nn.Parameter]], list[str]]] = []
+    room: dict[Kind, int] = {}  # the unit of each kind that may still take a neighbour
     for atom in atoms:
         split: dict[Kind, list[tuple[str, nn.Parameter]]] = {}
         for name, param in atom.owned:
@@ -79,19 +81,15 @@ def plan_units(
             users = [
                 other.name for other in atoms if other is atom or other.shared & {id(p) for _, p in params}
             ]
-            made = groups.setdefault(kind, [])
-            if made and sum(p.numel() for _, p in made[-1][0]) < bucket_numel:
-                made[-1][0].extend(params)
-                made[-1][1].extend(user for user in users if user not in made[-1][1])
+            _, there, of = made[room[kind]] if kind in room else (kind, [], [])
+            if not there or atom.apart or sum(p.numel() for _, p in there) >= bucket_numel:
+                made.append((kind, params, users))
+                if not atom.apart:
+                    room[kind] = len(made) - 1
             else:
-                made.append((params, users))
-                order.append((kind, len(made) - 1))
-    plans = []
-    for kind, index in order:
-        params, users = groups[kind][index]
-        dtype, trainable = kind
-        plans.append(UnitPlan(params[0][0], tuple(params), tuple(users), dtype, trainable))
-    return tuple(plans)
+                there.extend(params)
+                of.extend(user for user in users if user not in of)
+    return tuple(UnitPlan(params[0][0], tuple(params), tuple(users), *kind) for kind, params, users in made)
 
 
 def _atoms(name: str, module: nn.Module) -> Iterator[_Atom]:
@@ -104,15 +102,37 @@ def _atoms(name: str, module: nn.Module) -> Iterator[_Atom]:
             yield _Atom(name, module, deep=False)
         for child_name, child in children:
             if any(True for _ in child.parameters()):
-                yield _Atom(child_name, child, deep=True)
+                yield from _whole(child_name, child)
         return
     if not children or (direct and not any(_is_repeating(sub) for sub in module.modules())):
-        yield _Atom(name, module, deep=True)
+        yield from _whole(name, module)
         return
     if direct:
         yield _Atom(name, module, deep=False)
     for child_name, child in children:
         yield from _atoms(child_name, child)
+
+
+def _whole(name: str, module: nn.Module) -> Iterator[_Atom]:
+    """A module with all that is below it, and after it what is apart."""
+    yield _Atom(name, module, deep=True, apart=_is_apart(module))
+    for below, sub in module.named_modules(prefix=name):
+        if sub is not module and _is_apart(sub):
+            yield _Atom(below, sub, deep=True, apart=True)
+
+
+def _is_apart(module: nn.Module) -> bool:
+    return bool(getattr(type(module), "own_unit", False))
+
+
+def _named_parameters(atom: _Atom) -> Iterator[tuple[str, nn.Parameter]]:
+    """The atom's parameters by full name, without those of what is apart below it."""
+    below = atom.module.named_modules(prefix=atom.name) if atom.deep else [(atom.name, atom.module)]
+    for name, module in below:
+        if module is atom.module or not _is_apart(module):
+            for key, param in module._parameters.items():
+                if param is not None:
+                    yield (f"{name}.{key}" if name else key), param
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -141,10 +161,9 @@ def _assign(atoms: Sequence[_Atom]) -> None:
     """Each parameter to the first atom that holds it; the others share it."""
     taken: set[int] = set()
     for atom in atoms:
-        prefix = f"{atom.name}." if atom.name else ""
-        for name, param in atom.module.named_parameters(recurse=atom.deep):
-            if id(param) in taken:
-                atom.shared.add(id(param))
-            else:
+        for name, param in _named_parameters(atom):
+            if id(param) not in taken:
                 taken.add(id(param))
-                atom.owned.append((prefix + name, param))
+                atom.owned.append((name, param))
+            elif not any(param is own for _, own in atom.owned):
+                atom.shared.add(id(param))
