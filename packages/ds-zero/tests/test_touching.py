@@ -268,33 +268,6 @@ def test_weights_and_state_can_be_set_whole(stage: int) -> None:
         set_full_tensor(weight, torch.ones(2, 2))
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-@distributed(2)
-def test_thawing_a_frozen_parameter_is_refused_and_freezing_is_obeyed(stage: int) -> None:
-    torch.manual_seed(0)
-    model = Tail(functional=False)
-    model.blocks[0].bias.requires_grad_(False)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    ShardedOptimizer(optimizer, Zero.model_validate({"stage": stage, "bucket_numel": 1}).shard(model))
-    model.blocks[1].weight.requires_grad_(False)  # nothing is lost: it gets no gradient and stays
-    kept = full_tensor(model.blocks[1].weight)
-    moved = full_tensor(model.blocks[1].bias)
-    model(IDS).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    assert torch.equal(full_tensor(model.blocks[1].weight), kept)
-    assert not torch.equal(full_tensor(model.blocks[1].bias), moved)
-    model.blocks[1].weight.requires_grad_(True)
-    model(IDS).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    assert not torch.equal(full_tensor(model.blocks[1].weight), kept)
-    model.blocks[0].bias.requires_grad_(True)
-    model(IDS).sum().backward()
-    with pytest.raises(ValueError, match=r"blocks\.0\.bias was frozen when the model was sharded"):
-        optimizer.step()
-
-
 class Teacher(nn.Module):
     """A frozen copy that follows its student by in-place writes."""
 

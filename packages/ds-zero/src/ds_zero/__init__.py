@@ -21,6 +21,7 @@ _HOME: dict[str, str] = {
     "load_pretrained": "ds_zero.load",
     "materialize": "ds_zero.deferred",
     "no_sync": "ds_zero.accumulate",
+    "replan": "ds_zero.changed",
     "set_full_grad": "ds_zero.full",
     "set_full_optimizer_state": "ds_zero.full",
     "set_full_tensor": "ds_zero.full",

@@ -15,7 +15,7 @@ from ds_core.state.owner import FlatOwner, owner_of
 from ds_core.state.saved import check_shapes, flat_shards
 from ds_core.state.shard import FlatShard, Json, SavedTensor
 from ds_core.state.store import DeviceStore, Store
-from ds_core.state.unit import FlatUnit
+from ds_core.state.unit import FlatUnit, refuse_lost_writes
 from ds_core.train.optim import ShardedOptimizer, attached, optimizers_of
 
 
@@ -81,7 +81,7 @@ class EMA:
         step inside raises RuntimeError and changes nothing. Collective: every rank enters and leaves.
         """
         self._refuse_applied("apply the averages a second time")
-        self.owner.refuse_losses()
+        refuse_lost_writes(self.owner.units)
         handles = [
             sharded.optimizer.register_step_pre_hook(_refuse_step) for sharded in optimizers_of(self.owner)
         ]

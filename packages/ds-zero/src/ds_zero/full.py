@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ds_core.state.layout import Overlap
 from ds_core.state.owner import FlatOwner, owner_of
-from ds_core.state.unit import FlatUnit, LostWriteError
+from ds_core.state.unit import FlatUnit, LostWriteError, gather_shards
 from ds_core.train.optim import ShardedOptimizer, attached
 
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
@@ -124,7 +124,8 @@ def gather(params: Tensor | nn.Module | Iterable[Tensor], *, write: int | None =
 
     With `write=r` what rank r wrote in place becomes the value everywhere: masters, shards and copies; writes
     of other ranks are dropped. Parameters that share a flat unit with the given ones come along. When the
-    body raises nothing is taken.
+    body raises nothing is taken. Parameters that were added or replaced inside (resized embeddings, adapters)
+    are sharded at the end of the outermost block, with rank 0's values.
 
     Collective: every rank enters and leaves, at every stage.
     Raises LookupError for a tensor that is no parameter of a sharded model, ValueError for a rank that does
@@ -149,6 +150,9 @@ def gather(params: Tensor | nn.Module | Iterable[Tensor], *, write: int | None =
             for unit in units:
                 if (fqn := unit.lost_write()) is not None:
                     raise LostWriteError(fqn)
+    for owner in places:
+        if not any(unit.pinned and not unit.rewritten() for unit in owner.units):  # the outermost block
+            owner.replanner.before_drain()
 
 
 def _write_part(unit: FlatUnit, index: int, shard: Tensor, value: Tensor) -> None:
@@ -173,7 +177,7 @@ def _take_written(owner: FlatOwner, units: Iterable[FlatUnit], *, root: int) -> 
 def _whole(owner: FlatOwner, param: Tensor, shard: Tensor) -> Tensor:
     """A copy of one parameter's part of all ranks' shards [shard_numel] in a row. Collective."""
     unit, index = owner.place(param)
-    slot, flat = unit.layout.slots[index], owner.gather_shards(unit, shard)
+    slot, flat = unit.layout.slots[index], gather_shards(owner.gather_comm, unit, shard)
     return flat[slot.start : slot.end].clone().view(slot.shape)
 
 

@@ -118,6 +118,16 @@ class ZeroOwner(FlatOwner):
         finally:
             super()._leave(module, args, kwargs, output)
 
+    def reconnect(self, units: list[FlatUnit], leaving: Sequence[nn.Parameter]) -> None:
+        self.uses.retire()
+        super().reconnect(units, leaving)
+
+    def make_real(self, units: Sequence[FlatUnit]) -> None:
+        refuse_unfillable(self.model, self.config.initializer)
+        materialize_buffers(self.model, self.device, self.config.initializer)
+        for unit in units:
+            materialize_unit(self.model, unit, self.device, self.config.initializer)
+
     def _fill_buffers(self) -> None:
         materialize_buffers(self.model, self.device, self.config.initializer)
         super()._fill_buffers()
@@ -169,7 +179,7 @@ class ZeroOwner(FlatOwner):
         finally:
             for unit in units:
                 unit.pinned -= 1
-                if id(unit) not in stay:
+                if id(unit) not in stay and not unit.rewritten():  # else its values are nowhere else
                     self.gatherer.release(unit)
 
 

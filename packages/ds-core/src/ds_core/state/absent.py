@@ -89,9 +89,15 @@ def _refusal(func: Any, values: list[Any]) -> str:
 
 def mark_absent(param: nn.Parameter, name: str) -> None:
     """Turn a plain parameter; one of a class of its own keeps it, and shows NaN instead of raising."""
-    if type(param) in (nn.Parameter, AbsentParameter):
+    if type(param) is nn.Parameter:
         setattr(param, _NAME, name)
         param.__class__ = AbsentParameter
+
+
+def rename_absent(param: nn.Parameter, name: str) -> None:
+    """The name under which an absent parameter refuses; nothing to do for any other."""
+    if type(param) is AbsentParameter:
+        setattr(param, _NAME, name)
 
 
 def mark_present(param: nn.Parameter) -> None:

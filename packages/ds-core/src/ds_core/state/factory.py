@@ -43,15 +43,15 @@ class UnitFactory:
 
         return plan_units(model, bucket_numel=self._bucket_numel, kind_of=kind_of)
 
-    def make(self, plan: UnitPlan) -> FlatUnit:
-        """A unit without memory yet."""
+    def make(self, plan: UnitPlan, *, whole: bool = False) -> FlatUnit:
+        """A unit without memory yet. `whole`: its parameters stay whole, whatever the settings say."""
         return FlatUnit(
             plan,
             world=self._world,
             rank=self._rank,
             device=self._device,
             precision=self._precision,
-            cut=self._cut_of(plan),
+            cut="whole" if whole else self._cut_of(plan),
             keep_whole=self._keep_whole(plan),
             lossy_gather=self._lossy_gather,
         )

@@ -83,9 +83,12 @@ class OwnerHooks:
         self.handles: list[RemovableHandle] = []
         for index, unit in enumerate(owner.trainable):
             for slot, param in enumerate(unit.params):
+                trains = param.requires_grad  # one that is frozen only just may thaw where it is
+                param.requires_grad_(True)
                 self.handles.append(
                     param.register_post_accumulate_grad_hook(self._taker(index, slot))  # type: ignore[no-untyped-call]
                 )
+                param.requires_grad_(trains)
         holders = self._holders()
         for module, units in holders.items():
             self._hook_state_dict(module, units)

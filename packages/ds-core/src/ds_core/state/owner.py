@@ -15,14 +15,15 @@ from ds_core.ground.accelerator import keep_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.ground.wire import Codec
 from ds_core.state.factory import UnitFactory, flatten
-from ds_core.state.hooks import OwnerHooks, dtype_of, outside_of_graphs
+from ds_core.state.hooks import OwnerHooks, dtype_of, in_backward, outside_of_graphs
 from ds_core.state.layout import Cut
 from ds_core.state.precision import Precision
 from ds_core.state.reduce import GradReducer
+from ds_core.state.replan import Replanner
 from ds_core.state.saved import SavedUnits
 from ds_core.state.shard import ChangeGate
 from ds_core.state.store import DeviceStore, Store
-from ds_core.state.unit import FlatUnit, LostWriteError, Whole
+from ds_core.state.unit import FlatUnit, Whole
 from ds_core.state.units import UnitPlan
 
 # parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter.
@@ -93,6 +94,7 @@ class FlatOwner(SavedUnits):
         self.changes = ChangeGate()  # opened right before masters change
         self.before_next_change = self.changes.before_next_change
         self._connect()
+        self.replanner = Replanner(self)
         self.depth = 0  # forwards of the root under way, one inside the other
         model.register_forward_pre_hook(outside_of_graphs(self._enter))
         model.register_forward_hook(outside_of_graphs(self._leave), with_kwargs=True, always_call=True)
@@ -126,6 +128,19 @@ class FlatOwner(SavedUnits):
             for param in unit.params:
                 _OWNERS[param] = weakref.ref(self)
 
+    def reconnect(self, units: list[FlatUnit], leaving: Sequence[nn.Parameter]) -> None:
+        """Other units from here on, without the parameters that left the model."""
+        self.hooks.remove()
+        for param in leaving:
+            _OWNERS.pop(param, None)  # type: ignore[no-untyped-call]
+        last, hold = self.reducer.last, self.reducer.hold
+        self.units = units
+        self._connect()
+        self.reducer.last, self.reducer.hold = last, hold
+
+    def make_real(self, units: Sequence[FlatUnit]) -> None:
+        """Meta parameters of these units get bytes and values, where the owner knows how."""
+
     def _fill_buffers(self) -> None:
         for buffer in self.model.buffers():
             self.take_from_first(buffer, "a buffer")
@@ -139,18 +154,14 @@ class FlatOwner(SavedUnits):
         """The contents of a tensor that every rank has become rank 0's. Collective over all data ranks."""
         self.comm.broadcast(tensor, about=about).wait()
 
-    def gather_shards(self, unit: FlatUnit, shard: Tensor) -> Tensor:
-        """All ranks' shards [shard_numel] of a unit in a row: [numel]. Collective where units are cut."""
-        if unit.layout.world == 1:
-            return shard
-        flat = torch.empty(unit.layout.numel, dtype=shard.dtype, device=shard.device)
-        self.gather_comm.all_gather(flat, shard, about=unit.about).wait()
-        return flat
-
     # -- the root's forward (these two hooks outlive any change of units) ----------------------------------
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        self.depth += 1
+        try:
+            if self.depth == 0 and not in_backward():
+                self.replanner.before_forward()
+        finally:
+            self.depth += 1  # also when that raised: the hook after the forward runs in any case
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.depth = max(0, self.depth - 1)
@@ -173,6 +184,7 @@ class FlatOwner(SavedUnits):
 
     def drain(self) -> None:
         """Collective: all shards' gradients are final after this. Calling it twice costs nothing."""
+        self.replanner.before_drain()
         self.reducer.drain()
 
     def close_round(self) -> None:
@@ -221,23 +233,6 @@ class FlatOwner(SavedUnits):
         """Parameters of `units` are whole inside. Collective where they are sharded."""
         self.settle()
         yield
-
-    def refuse_losses(self) -> None:
-        """Before a step: raises when something the user did would have no effect, naming the parameter.
-
-        LostWriteError for an in-place write that no master saw; ValueError for a parameter that was frozen
-        when the model was sharded and requires a gradient now, which nothing would apply.
-        """
-        for unit in self.units:
-            frozen = [] if unit.trainable else zip(unit.layout.slots, unit.params, strict=True)
-            thawed = [slot.fqn for slot, param in frozen if param.requires_grad]
-            if thawed:
-                raise ValueError(
-                    f"parameter {thawed[0]} was frozen when the model was sharded and requires a gradient "
-                    "now, but has no master and no place in the optimizer: set requires_grad before sharding"
-                )
-            if unit.keep_whole and (fqn := unit.lost_write()) is not None:
-                raise LostWriteError(fqn)
 
     # -- looking -------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,7 @@ class GradReducer:
         self.last: bool | None = None  # said by the engine; None: guess
         self.hold = False  # nothing is launched in rounds that begin while this is set
         self.in_round = False
+        self.changed_elsewhere: Callable[[], object] = _unexpected  # another rank announced; raises
         self._comm, self._control = comm, control
         self._sharded, self._whole_grads, self._codec, self._overlap = sharded, whole_grads, codec, overlap
         self._pending = [_Pending(None, [False] * len(u.params), [False] * len(u.params)) for u in self.units]
@@ -230,15 +231,26 @@ class GradReducer:
         """Which slots got a gradient on any rank, and which units still hold some on any rank."""
         flags = [float(seen) for slots in self._seen for seen in slots]
         flags += [float(pending.bucket is not None) for pending in self._pending]
-        votes = torch.tensor(flags, dtype=torch.float32)
-        self._control.all_reduce(votes, op="max", about="the gradients that ranks have").wait()
-        agreed = [vote > 0 for vote in votes.tolist()]
+        agreed = self._vote([*flags, 0.0])
+        if agreed.pop():
+            self.changed_elsewhere()
         at = 0
         for unit in self.units:
             count = len(unit.params)
             unit.has_grad = [new or old for new, old in zip(agreed[at:], unit.has_grad, strict=False)]
             at += count
         return agreed[at:]
+
+    def announce(self) -> None:
+        """This rank's model changed. Ranks that did not notice are at a `drain`, sooner or later, and learn
+        of it in the vote that they take there; ranks that did meet here. Collective with either.
+        """
+        self._vote([*[0.0] * (sum(map(len, self._seen)) + len(self._pending)), 1.0])
+
+    def _vote(self, flags: list[float]) -> list[bool]:
+        votes = torch.tensor(flags, dtype=torch.float32)
+        self._control.all_reduce(votes, op="max", about="the gradients that ranks have").wait()
+        return [vote > 0 for vote in votes.tolist()]
 
     def _learn_order(self) -> None:
         """From now on launch in the order in which rank 0's units were complete in the first round."""
@@ -292,3 +304,7 @@ class GradReducer:
         """The step has used the gradients: the next backward starts a new count of what was seen."""
         for seen in self._seen:
             seen[:] = [False] * len(seen)
+
+
+def _unexpected() -> None:
+    raise RuntimeError("another rank changed its model, and this one cannot")

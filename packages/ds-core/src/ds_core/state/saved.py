@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ds_core.ground.wire import Communicator
+from ds_core.state.replan import Replanner
 from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
 from ds_core.state.unit import FlatUnit
 
@@ -19,6 +20,7 @@ class SavedUnits:
     comm: Communicator
     sharded: bool
     changes: ChangeGate
+    replanner: Replanner
 
     def settle(self) -> None:
         """Everything that is on its way has arrived."""
@@ -42,6 +44,7 @@ class SavedUnits:
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
         """Parameters (masters where there are any) as this rank's shards, buffers whole, tied names."""
+        self.replanner.before_drain()
         self.settle()
         state: dict[str, Tensor | FlatShard | Json] = {}
         for unit in self.units:
@@ -53,6 +56,7 @@ class SavedUnits:
 
     def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         """Masters, frozen shards and buffers, after every name and shape has been compared."""
+        self.replanner.before_drain()
         shapes = {slot.fqn: slot.shape for unit in self.units for slot in unit.layout.slots}
         shapes |= {name: buffer.shape for name, buffer in saved_buffers(self.model).items()}
         check_shapes(shapes, {name: info.shape for name, info in saved.items()})

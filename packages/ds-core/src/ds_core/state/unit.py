@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ds_core.ground.ticket import Ticket
+from ds_core.ground.wire import Communicator
 from ds_core.state.absent import mark_absent, mark_present
 from ds_core.state.layout import BucketLayout, Cut, plan_layout
 from ds_core.state.precision import Precision
@@ -280,3 +282,19 @@ class FlatUnit:
                 lease.tensor.copy_(part)
                 lease.dirty = True
         self.note_versions()
+
+
+def refuse_lost_writes(units: Sequence[FlatUnit]) -> None:
+    """Before a step: LostWriteError for an in-place write that no master saw, naming the parameter."""
+    for unit in units:
+        if unit.keep_whole and (fqn := unit.lost_write()) is not None:
+            raise LostWriteError(fqn)
+
+
+def gather_shards(comm: Communicator, unit: FlatUnit, shard: Tensor) -> Tensor:
+    """All ranks' shards [shard_numel] of a unit in a row: [numel]. Collective where units are cut."""
+    if unit.layout.world == 1:
+        return shard
+    flat = torch.empty(unit.layout.numel, dtype=shard.dtype, device=shard.device)
+    comm.all_gather(flat, shard, about=unit.about).wait()
+    return flat

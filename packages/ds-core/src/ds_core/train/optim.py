@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -12,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ds_core.state.layout import Cut, Overlap
+from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner
 from ds_core.state.saved import check_shapes
 from ds_core.state.shard import FlatShard, Json, SavedTensor
-from ds_core.state.unit import FlatUnit
+from ds_core.state.unit import FlatUnit, refuse_lost_writes
+from ds_core.train.holdings import Holdings, Piece, place_of
 
 # torch optimizers whose update of an element looks at that element alone: their shards may be cut anywhere.
 ELEMENTWISE = frozenset(
@@ -53,16 +53,19 @@ def cut_of_model(model: nn.Module, optimizer: Optimizer) -> Cut | frozenset[str]
     """`Zero(cut=...)` for a model and its optimizer; of a joint one the names that must stay whole."""
     if cut_for(optimizer) == "flat" or not hasattr(optimizer, "optimizers"):
         return cut_for(optimizer)
-    whole = {id(param) for param in whole_params(optimizer)}
+    chosen = whole_groups(optimizer)
+    groups = [group for group in optimizer.param_groups if id(group) in chosen]
+    whole = {id(param) for group in groups for param in group["params"]}
     named = model.named_parameters(remove_duplicate=False)
     return frozenset(name for name, param in named if id(param) in whole)
 
 
-def whole_params(optimizer: Optimizer) -> list[Tensor]:
-    """The parameters that this optimizer must see whole: all or none, or those of the members that do."""
+def whole_groups(optimizer: Optimizer) -> set[int]:
+    """Ids of the groups whose parameters this optimizer must see whole: all or none, or those of the members
+    of a joint one that do.
+    """
     members = getattr(optimizer, "optimizers", [optimizer])
-    groups = [group for member in members if cut_for(member) == "whole" for group in member.param_groups]
-    return [param for group in groups for param in group["params"]]
+    return {id(g) for member in members if cut_for(member) == "whole" for g in member.param_groups}
 
 
 def attached(optimizer: Optimizer | ShardedOptimizer) -> ShardedOptimizer:
@@ -82,27 +85,6 @@ def optimizers_of(owner: FlatOwner) -> list[ShardedOptimizer]:
     return [sharded for sharded in found if sharded is not None and sharded.owner is owner]
 
 
-@dataclass(slots=True)
-class _Piece:
-    """The part of one parameter that this rank updates."""
-
-    unit: FlatUnit
-    overlap: Overlap
-    param: nn.Parameter  # a view of the unit's master
-
-    @property
-    def fqn(self) -> str:
-        return self.overlap.slot.fqn
-
-
-def _cut(piece: _Piece, value: Any) -> Any:
-    """State that the optimizer had for the whole parameter (the same on every rank), cut like its shard."""
-    if not isinstance(value, Tensor) or value.shape != piece.overlap.slot.shape or value.dim() == 0:
-        return value
-    begin = piece.overlap.begin
-    return value.reshape(-1)[begin : begin + piece.param.numel()].clone().view(piece.param.shape)
-
-
 class ShardedOptimizer:
     """Swaps shards into `optimizer.param_groups`, in place: schedulers and user code keep their object.
 
@@ -117,12 +99,11 @@ class ShardedOptimizer:
         self.owner = owner
         _refuse_cut(optimizer, owner)
         self.wait = wait  # False: the engine's own loop, where the next forward waits for the gathers
-        self.pieces: list[_Piece] = []
-        self.slots: dict[FlatUnit, list[int]] = {}  # what the groups hold, on whichever rank it is
         self._missed_said = False
         self._copied: frozenset[str] = frozenset()
-        self._swap()
+        self.held = Holdings(optimizer, owner, self._cut_anew)
         self._offer_copy_out()
+        owner.replanner.followers.append(ref(self.held))
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         optimizer.zero_grad = self.zero_grad  # type: ignore[method-assign]
@@ -132,35 +113,25 @@ class ShardedOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
 
-    # -- construction --------------------------------------------------------------------------------------
+    @property
+    def pieces(self) -> list[Piece]:
+        """What this rank updates."""
+        return self.held.pieces
 
-    def _swap(self) -> None:
-        overlaps = {
-            (id(unit), overlap.index): overlap
-            for unit in self.owner.trainable
-            for overlap in unit.layout.overlaps(unit.rank)
-        }
-        masters = {id(unit): unit.master().tensor for unit in self.owner.trainable}
-        for group in self.optimizer.param_groups:
-            shards = []
-            for param in group["params"]:
-                if not param.requires_grad:
-                    continue
-                unit, index = _place(self.owner, param)
-                self.slots.setdefault(unit, []).append(index)
-                state = self.optimizer.state.pop(param, {})
-                overlap = overlaps.get((id(unit), index))
-                if overlap is None:
-                    continue
-                view = masters[id(unit)][slice(*overlap.local)]
-                if unit.cut == "whole" or not self.owner.sharded:
-                    view = view.view(overlap.slot.shape)
-                piece = _Piece(unit, overlap, nn.Parameter(view))
-                self.pieces.append(piece)
-                shards.append(piece.param)
-                if state:
-                    self.optimizer.state[piece.param] = {k: _cut(piece, v) for k, v in state.items()}
-            group["params"] = shards
+    @property
+    def slots(self) -> dict[FlatUnit, list[int]]:
+        """What the groups hold, on whichever rank it is."""
+        return self.held.slots
+
+    # -- construction, and whenever units are cut anew -----------------------------------------------------
+
+    def _cut_anew(self) -> None:
+        self._missed_said = False
+        for kept in (getattr(self.optimizer, name, None) for name in ("copy_out", "low_precision_grads")):
+            if kept is not None:
+                kept.clear()
+        self._offer_copy_out()
+        _refuse_cut(self.optimizer, self.owner, self.held.members)
 
     def _offer_copy_out(self) -> None:
         """An optimizer that can write the low precision shard in the same pass is told where to."""
@@ -209,13 +180,14 @@ class ShardedOptimizer:
         if not self._missed_said:
             self._missed_said = True
             _warn_of_missed(self.owner)
-        self.owner.refuse_losses()
+        refuse_lost_writes(self.owner.units)
         self.show_grads()
         self.owner.changes.open()
 
     def _after_step(self, *_: Any) -> None:
         # Without a gradient the optimizer skips a parameter, and with it the copy-out: the old copy is right.
         self.owner.publish(wait=self.wait, copied=self._copied)
+        self.owner.replanner.stepped(self.held.members)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """The optimizer's own step, with what has to come before and after it."""
@@ -248,7 +220,7 @@ class ShardedOptimizer:
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
         """`<parameter>/<state>` as shards of the parameter's shape, and the groups' options as JSON."""
         state: dict[str, Tensor | FlatShard | Json] = {}
-        for piece in self.pieces:
+        for piece in self.held.trained:
             for name, value in self.optimizer.state.get(piece.param, {}).items():
                 if value is None:
                     continue
@@ -263,10 +235,7 @@ class ShardedOptimizer:
         state["groups"] = [self._options(group) for group in self.optimizer.param_groups]
         return state
 
-    def _cut_like_param(self, piece: _Piece, shape: torch.Size | tuple[int, ...]) -> bool:
-        return tuple(shape) == tuple(piece.overlap.slot.shape)
-
-    def _written(self, piece: _Piece, value: Tensor) -> FlatShard | None:
+    def _written(self, piece: Piece, value: Tensor) -> FlatShard | None:
         if value.numel() != piece.param.numel() or value.dim() == 0:
             return FlatShard(value.reshape(-1), value.shape, 0)
         part, (low, high) = self.owner.written_part(piece.unit), piece.overlap.local
@@ -297,10 +266,10 @@ class ShardedOptimizer:
             check_shapes({}, strangers)
         self.owner.changes.open()
         targets: dict[str, Tensor | FlatShard] = {}
-        for piece in self.pieces:
+        for piece in self.held.trained:
             state: dict[str, Any] = {}
             for name, info in by_param.get(piece.fqn, {}).items():
-                if self._cut_like_param(piece, info.shape) and info.shape != torch.Size([]):
+                if tuple(info.shape) == tuple(piece.overlap.slot.shape) and info.shape != torch.Size([]):
                     dtype = info.dtype
                     state[name] = torch.zeros_like(piece.param, dtype=dtype, requires_grad=False)
                     shard = FlatShard(state[name].view(-1), piece.overlap.slot.shape, piece.overlap.begin)
@@ -313,7 +282,7 @@ class ShardedOptimizer:
             self.optimizer.state[piece.param] = state
         return targets
 
-    def _scalar_device(self, piece: _Piece, name: str) -> torch.device:
+    def _scalar_device(self, piece: Piece, name: str) -> torch.device:
         """torch keeps `step` on the host unless the group is capturable or fused on a device."""
         for group in self.optimizer.param_groups:
             if any(param is piece.param for param in group["params"]):
@@ -338,27 +307,25 @@ class ShardedOptimizer:
                     group[key] = tuple(value) if isinstance(old, tuple) else value
 
 
-def _place(owner: FlatOwner, param: Tensor) -> tuple[FlatUnit, int]:
-    try:
-        return owner.place(param)
-    except LookupError:
-        raise ValueError(
-            f"the optimizer holds a parameter of shape {tuple(param.shape)} that is not in the model; "
-            "build it from model.parameters()"
-        ) from None
-
-
-def _refuse_cut(optimizer: Optimizer, owner: FlatOwner) -> None:
+def _refuse_cut(
+    optimizer: Optimizer, owner: FlatOwner, members: Sequence[Sequence[Tensor]] | None = None
+) -> None:
+    """`members`: the groups' own parameters, once shards have taken their place."""
     if not owner.sharded or owner.comm.world == 1:
         return
-    for param in whole_params(optimizer):
-        unit, index = _place(owner, param)
-        if unit.trainable and unit.cut != "whole":
-            raise ValueError(
-                f"{unit.layout.slots[index].fqn} is cut, but {type(optimizer).__name__} is not known to be "
-                'element-wise, so its parameters must stay whole: use Zero(..., cut="whole"), or declare '
-                "`elementwise = True` on its class if it is"
-            )
+    given = members or [group["params"] for group in optimizer.param_groups]
+    whole = whole_groups(optimizer)
+    for group, params in zip(optimizer.param_groups, given, strict=True):
+        for param in params if id(group) in whole else ():
+            if not param.requires_grad:
+                continue
+            unit, index = place_of(owner, param)
+            if unit.trainable and unit.cut != "whole":
+                raise ValueError(
+                    f"{unit.layout.slots[index].fqn} is cut, but {type(optimizer).__name__} is not known to "
+                    'be element-wise, so its parameters must stay whole: use Zero(..., cut="whole"), or '
+                    "declare `elementwise = True` on its class if it is"
+                )
 
 
 def _warn_of_missed(owner: FlatOwner) -> None:
