@@ -94,6 +94,15 @@ def test_layers_by_hand(layer: str) -> None:
         assert profile_model(build().eval(), torch.randn(shape)).macs == macs
 
 
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "grouped", "transposed"])
+def test_gradients_nobody_wants_are_not_counted(layer: str) -> None:
+    build, shape, macs = ROWS[layer]
+    assert profile_model(build(), torch.randn(shape)).model.backward.macs == macs  # the weight's only
+    frozen = build().requires_grad_(False)
+    report = profile_model(frozen, torch.randn(shape, requires_grad=True))
+    assert report.model.backward.macs == macs  # the input's only
+
+
 ELEMENTWISE: dict[str, tuple[nn.Module, int]] = {  # on [2, 4, 6, 6]: 288 elements
     "relu": (nn.ReLU(), 288),
     "gelu": (nn.GELU(), 288),

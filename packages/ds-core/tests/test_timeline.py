@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import time
 
 import pytest
@@ -116,6 +117,24 @@ def test_memory_is_seen_to_grow() -> None:
     grown = after.live_bytes - before.live_bytes
     assert grown >= 31 << 20
     assert after.peak_bytes >= after.live_bytes
+
+
+def test_the_peak_is_seen_between_forward_and_backward() -> None:
+    engine, held = build(), []
+
+    def borrow(*_: object) -> None:
+        held.append(mmap.mmap(-1, 64 << 20))
+        held[0].write(bytes(64 << 20))
+
+    def give_back(grad: Tensor) -> None:
+        held.pop().close()
+
+    engine.model.register_forward_hook(borrow)
+    engine.model.get_parameter("inp.weight").register_hook(give_back)
+    with Timeline(engine) as timeline:
+        engine.train_batch([CASE.make_batch(0, 1)], loss_fn)
+    times = timeline.steps[0]
+    assert times.peak_bytes - times.live_bytes >= 60 << 20
 
 
 def test_nothing_is_left_in_any_order_of_leaving() -> None:

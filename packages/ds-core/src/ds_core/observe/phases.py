@@ -47,8 +47,11 @@ class _WatchedTicket(Ticket):
         self._inner, self._phases, self._what = inner, phases, what
 
     def wait(self) -> None:
-        with self._phases.during("wait", self._what):
+        begun = self._phases.begin("wait", self._what)
+        try:
             self._inner.wait()
+        finally:
+            self._phases.end(begun)
 
 
 class Phases:
@@ -92,7 +95,9 @@ class Phases:
         if self._owner is not None:
             owner = self._owner
             for comm in {id(c): c for c in (owner.comm, owner.gather_comm, owner.control)}.values():
-                for op in _COLLECTIVES:
+                for op in (
+                    _COLLECTIVES if comm.world > 1 or per_unit else ()
+                ):  # alone there is nothing to wait for
                     self._wrap(comm, op, functools.partial(self._watched, op))
 
     def detach(self) -> None:
@@ -103,13 +108,19 @@ class Phases:
     @contextlib.contextmanager
     def during(self, phase: str, of: str = "") -> Any:
         """A phase from here to the end of the block."""
-        if not self._on:
-            yield
-            return
-        begun = self._observer.begin(phase, of)
+        begun = self.begin(phase, of)
         try:
             yield
         finally:
+            self.end(begun)
+
+    def begin(self, phase: str, of: str) -> Any:
+        """A phase begins; None once detached."""
+        return self._observer.begin(phase, of) if self._on else None
+
+    def end(self, begun: Any) -> None:
+        """What `begin` began is over."""
+        if begun is not None:
             self._observer.end(begun)
 
     # -- forward and backward ------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class StepTimes:
 
     `wait`: for collectives. `other`: data, the loss, Python. `live_bytes`: memory in use at the end of the
     step, `peak_bytes`: at most. On a device this is what tensors take, on the CPU the process's resident
-    memory, of which the peak is the highest seen at the ends of phases; 0 where it cannot be read.
+    memory, of which the peak is the highest seen at the ends of forwards; 0 where it cannot be read.
     """
 
     total: float
@@ -136,7 +136,7 @@ class Timeline:
         if begun is not None:
             phase, mark = begun
             self._now.spans.append((phase, mark, self._clock.mark()))
-            if phase != "wait" and self._memory is not None:
+            if phase == "forward" and self._memory is not None:  # when activations are all there
                 self._memory.sample()
 
     def stepped(self) -> None:
@@ -160,7 +160,7 @@ class Timeline:
 
 
 class _HostMemory:
-    """The process's resident memory, looked at where phases end."""
+    """The process's resident memory, looked at where forwards and steps end."""
 
     def __init__(self, path: str = "/proc/self/statm") -> None:
         self._peak = 0
