@@ -60,10 +60,14 @@ def test_an_engines_step_on_two_ranks(rank: int, tmp_path: Path) -> None:
         assert [inside(b, f) for b, f in zip(blocks, named(found, "forward"), strict=True)] == [True, True]
     reduces = [event for event in found if event["name"].startswith("reduce")]
     assert len(reduces) >= len(owner.trainable)
+    for unit in owner.trainable:  # the range has the unit's name
+        assert any(event["name"].startswith(f"reduce {unit.key}") for event in reduces)
     last = [*named(found, "backward"), *named(found, "step")]
     assert all(any(inside(event, phase) for phase in last) for event in reduces)
     waits = [event for event in found if event["name"].startswith("wait reduce")]
     assert len(waits) >= len(owner.trainable)
+    messages = [e for e in json.loads(tracing.path.read_text())["traceEvents"] if e.get("cat") == "in flight"]
+    assert len({event["id"] for event in messages}) * 2 == len(messages) > 0
     operators = [e for e in json.loads(tracing.path.read_text())["traceEvents"] if e.get("cat") == "cpu_op"]
     products = [event for event in operators if event["name"] == "aten::addmm"]
     assert sum(inside(event, named(found, "forward")[0]) for event in products) == 2 + 2 * 3
