@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ds_core.testing.distributed import distributed, run_ranks
-from ds_zero import Zero, full_tensor, materialize
+from ds_zero import Zero, full_tensor, materialize, shard
 from ds_zero.compat import Init
 
 
@@ -66,6 +66,29 @@ def test_values_are_the_same_at_every_stage_and_world_size() -> None:
     for world in (1, 2, 3):
         for values in run_ranks(built, world, stage=3, buckets=100):
             assert values == wanted
+
+
+def trained(stage: int) -> list[float]:
+    torch.manual_seed(0)
+    with materialize():
+        model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    torch.manual_seed(3)
+    model, optimizer = shard(model, torch.optim.AdamW(model.parameters(), lr=0.1), stage=stage)
+    losses = []
+    for step in range(3):
+        loss = model(torch.full((2, 4), float(step))).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses
+
+
+def test_a_materialised_model_trains_alike_at_every_stage_and_world_size() -> None:
+    wanted = run_ranks(trained, 1, stage=1)[0]
+    for stage, world in ((2, 2), (3, 2), (3, 3)):
+        for losses in run_ranks(trained, world, stage=stage):
+            assert losses == pytest.approx(wanted, rel=1e-5)  # sums of 2 or 3 equal gradients, in fp32
 
 
 @distributed(1)

@@ -9,7 +9,7 @@ from torch import nn
 from ds_core.state.unit import FlatUnit
 from ds_core.testing.distributed import distributed
 from ds_core.testing.models import Residual, TinyLM
-from ds_zero import Zero, full_tensor, shard
+from ds_zero import Zero, full_tensor, materialize, shard
 
 
 class Plain(nn.Module):
@@ -41,10 +41,12 @@ def test_values_equal_those_of_a_model_built_for_real(rank: int, stage: int) -> 
         assert torch.equal(full_tensor(model.get_parameter(name)), param), name
 
 
+@pytest.mark.parametrize("noted", [False, True])
 @distributed(world_size=2)
-def test_never_more_than_one_unit_is_whole(rank: int) -> None:
-    with torch.device("meta"):
+def test_never_more_than_one_unit_is_whole(rank: int, noted: bool) -> None:
+    with materialize() if noted else torch.device("meta"):
         model = Plain()
+    assert all(param.is_meta for param in model.parameters())
     whole: list[int] = []
     adopt = FlatUnit.adopt
 
