@@ -14,7 +14,7 @@ from ds_core.testing.models import CASES
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def cells(case: str) -> None:
+def cells(case: str, variant: str = "plain") -> None:
     from matrix import run_cell
 
     mesh = Topology().build()  # its process groups serve all cells
@@ -22,14 +22,20 @@ def cells(case: str) -> None:
         for accumulate in (1, 4):
             for dtype in ("fp32", "bf16", "fp16"):
                 try:
-                    run_cell(mesh, case, stage, accumulate, dtype)
+                    run_cell(mesh, case, stage, accumulate, dtype, variant)
                 except AssertionError as fault:
-                    raise AssertionError(
-                        f"stage {stage}, accumulate {accumulate}, {dtype}: {fault}"
-                    ) from fault
+                    cell = f"stage {stage}, accumulate {accumulate}, {dtype}"
+                    raise AssertionError(f"{cell}: {fault}") from fault
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("case", list(CASES))
 def test_sharded_training_equals_its_twin(case: str, world: int) -> None:
     run_ranks(cells, world, timeout=120.0, case=case)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("variant", "case"), [("muon", "tied"), ("ema", "frozen")])
+def test_what_goes_on_top_of_sharding_equals_its_twin(variant: str, case: str, world: int) -> None:
+    """`test_compile.py` has the row of compiled blocks."""
+    run_ranks(cells, world, timeout=120.0, case=case, variant=variant)

@@ -250,6 +250,36 @@ class MixedDtypes(Stack):
         self.blocks[0] = Gained(8, 12)
 
 
+class Adapted(nn.Module):
+    """A frozen bf16 matrix with a trainable fp32 detour of rank 2 (LoRA, Hu et al. 2021)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.base = nn.Linear(width, width, dtype=torch.bfloat16).requires_grad_(False)
+        self.down = nn.Linear(width, 2, bias=False)
+        self.up = nn.Linear(2, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Tensor = self.base(x.to(self.base.weight.dtype))
+        return base.to(x.dtype) + self.up(self.down(x))  # type: ignore[no-any-return]
+
+
+class Lora(nn.Module):
+    """Three adapted layers and nothing else that trains but the head's bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Adapted(6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+        self.head.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
 # --- their data and losses ---
 
 
@@ -273,7 +303,8 @@ def _tokens(seed: int, ranks: int) -> Batch:
 
 def _input(model: nn.Module, batch: Batch) -> Tensor:
     """x in the dtype that the model computes in."""
-    return batch["x"].to(next(model.parameters()).dtype)
+    trained = (param for param in model.parameters() if param.requires_grad)
+    return batch["x"].to(next(trained).dtype)
 
 
 def _squared(model: nn.Module, batch: Batch) -> list[Tensor]:
@@ -326,4 +357,5 @@ CASES: dict[str, Case] = {
     "odd": _vector_case(Odd, outputs=5),
     "few_elements": _vector_case(Few, outputs=1),
     "mixed_dtypes": _vector_case(MixedDtypes),
+    "lora": _vector_case(Lora),
 }
