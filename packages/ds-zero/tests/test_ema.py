@@ -177,6 +177,41 @@ def test_each_rank_keeps_its_part_and_no_more(rank: int, world: int) -> None:
     assert isinstance(ema, AnnouncesChange)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@distributed(world_size=2)
+def test_an_average_rests_while_its_parameter_is_frozen(stage: int, rank: int, world: int) -> None:
+    """Frozen between two steps, thawed again, and one parameter new: as a dict of averages would have it."""
+    model, ema, optimizer = build(stage, "mlp")
+    block = model.get_submodule("blocks.1")
+    expected = masters(model)
+    for seed in range(8):
+        if seed in (2, 5):
+            block.requires_grad_(seed == 5)
+        if seed == 6:
+            fresh = nn.Parameter(torch.full((5,), 0.5))
+            block.register_parameter("fresh", fresh)
+            optimizer.add_param_group({"params": [fresh]})
+            expected["blocks.1.fresh"] = fresh.detach().clone()
+        step("mlp", model, optimizer, seed, rank, world)
+        training = {name for name, p in model.named_parameters() if p.requires_grad}
+        own = {name: full_tensor(p, master=name in training) for name, p in model.named_parameters()}
+        for name in training:
+            expected[name].lerp_(own[name], 1.0 - DECAY)
+        with ema.applied():
+            shown = {name: full_tensor(p) for name, p in model.named_parameters()}
+        same(shown, {name: expected[name] if name in training else own[name] for name in own})
+    assert len(training) == 23
+    with ema.applied():
+        block.requires_grad_(False)
+        full = CASES["mlp"].rank_batch(0, rank, world)
+        CASES["mlp"].losses(model, full)
+        block.requires_grad_(True)
+        block.register_parameter("late", nn.Parameter(torch.zeros(3)))
+        with pytest.raises(RuntimeError, match="change the model's parameters inside"):
+            CASES["mlp"].losses(model, full)
+        del block._parameters["late"]
+
+
 @distributed(world_size=1)
 def test_bad_input_is_said(rank: int, world: int) -> None:
     model = CASES["mlp"].build()
