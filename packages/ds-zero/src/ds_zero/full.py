@@ -133,8 +133,8 @@ def gather(params: Tensor | nn.Module | Iterable[Tensor], *, write: int | None =
     """
     places = _places(params)
     for owner in places:
-        if write is not None and not 0 <= write < owner.comm.world:
-            raise ValueError(f"write must be a rank from 0 to {owner.comm.world - 1}, got {write!r}")
+        if write is not None and not 0 <= write < owner.everyone.world:
+            raise ValueError(f"write must be a rank from 0 to {owner.everyone.world - 1}, got {write!r}")
     with contextlib.ExitStack() as stack:
         for owner, units in places.items():
             stack.enter_context(owner.whole(units))
@@ -170,7 +170,7 @@ def _take_written(owner: FlatOwner, units: Iterable[FlatUnit], *, root: int) -> 
     """The whole copies on rank `root` become the values of these units everywhere. Collective."""
     owner.changes.open()
     for unit in units:
-        owner.comm.broadcast(unit.whole, root=root, about=unit.about).wait()
+        owner.everyone.broadcast(unit.whole, root=root, about=unit.about).wait()
         unit.absorb_whole()
 
 

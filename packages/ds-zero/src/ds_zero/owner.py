@@ -47,6 +47,7 @@ class Settings(Protocol):
     persist_numel: int
     overlap: bool
     keep_fp32: tuple[str, ...]
+    secondary_shard: bool
     initializer: Initializer | None
 
     @property
@@ -58,7 +59,7 @@ class Settings(Protocol):
 
 
 class ZeroOwner(FlatOwner):
-    """Stages 1 to 3 over one data axis, in place on the user's module.
+    """Stages 1 to 3, in place on the user's module.
 
     Masters and optimizer state are always cut. At stages 1 and 2 parameters stay whole and are refreshed
     after each step; at stage 3 a unit is gathered for the forward and the backward of the modules that use
@@ -78,6 +79,7 @@ class ZeroOwner(FlatOwner):
         self.config = config
         refuse_unfillable(model, config.initializer)
         mesh = mesh or Topology().build()
+        _refuse_no_nodes(mesh, config)
         _refuse_too_large(model, mesh, config)
         self.lifetime: Lifetime = config.lifetime
         self._gather_codec = gather
@@ -99,12 +101,14 @@ class ZeroOwner(FlatOwner):
             overlap=config.overlap,
             keep_whole=keep_whole,
             lossy_gather=gather is not None,
+            across="all" if config.secondary_shard else "shard",
         )
 
     def _connect(self) -> None:
         super()._connect()
         config = self.config
-        self.gatherer = Gatherer(self.gather_comm, self._gather_codec)
+        node = self.mesh.communicator("dp_shard", "gather") if config.secondary_shard else None
+        self.gatherer = Gatherer(self.gather_comm, self._gather_codec, node=node)
         prefetch = config.prefetch_numel if config.overlap else 0
         self.uses = UseHooks(self, prefetch_numel=prefetch, keep_numel=config.keep_numel)
 
@@ -183,6 +187,17 @@ class ZeroOwner(FlatOwner):
                     self.gatherer.release(unit)
 
 
+def _refuse_no_nodes(mesh: Mesh, config: Settings) -> None:
+    """Raises ValueError where a second shard would be the same as the first."""
+    nodes, ranks = mesh.size("dp_replicate"), mesh.size("dp_shard")
+    if config.secondary_shard and (config.stage < 3 or nodes == 1 or ranks == 1):
+        raise ValueError(
+            f"secondary_shard keeps a second shard of the parameters inside each node: it needs stage 3, got "
+            f"{config.stage}, and Topology(dp_replicate=<nodes>, dp_shard=<ranks of a node>) with several of "
+            f"both, got {nodes} x {ranks}"
+        )
+
+
 def _refuse_too_large(model: nn.Module, mesh: Mesh, config: Settings) -> None:
     """A meta model has no bytes yet: say before any are taken that they will not fit.
 
@@ -197,7 +212,7 @@ def _refuse_too_large(model: nn.Module, mesh: Mesh, config: Settings) -> None:
     grad_dtype = config.accumulate_dtype or torch.float32
     check_fits(
         model,
-        ranks=mesh.size("dp_shard"),
+        ranks=mesh.size("data" if config.secondary_shard else "dp_shard"),
         stage=config.stage,
         available=accelerator.free_bytes() / sharing,
         recipe=Recipe(str(dtype).removeprefix("torch."), str(grad_dtype).removeprefix("torch.")),

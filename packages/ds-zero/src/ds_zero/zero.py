@@ -62,6 +62,11 @@ class Zero(Config):
     persist_numel: int = Field(
         default=0, ge=0, description="stage 3: units below this many elements stay whole"
     )
+    secondary_shard: bool = Field(
+        default=False,
+        description="stage 3 on a mesh with dp_replicate > 1: cut over all data ranks, and keep what the "
+        "forward gathered as a second shard inside each node (hpZ)",
+    )
     overlap: bool = Field(
         default=True, description="communicate while computing; False waits for every collective"
     )
@@ -90,7 +95,10 @@ class Zero(Config):
             idle = ""
             if world == 1 and name == "overlap":
                 idle = "one rank has nobody to talk to: "
-            elif name in ("prefetch_numel", "keep_numel", "persist_numel") and self.stage != 3:
+            elif (
+                name in ("prefetch_numel", "keep_numel", "persist_numel", "secondary_shard")
+                and self.stage != 3
+            ):
                 idle = f"not at stage {self.stage}: "
             elif value in (None, 0, False):
                 idle = "off: "

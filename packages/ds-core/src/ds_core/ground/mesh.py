@@ -224,10 +224,14 @@ class Mesh:
         key = (axis, channel)
         if key not in self._communicators:
             if self.size(axis) == 1:
-                self._communicators[key] = LocalCommunicator(self.accelerator.device)
+                self._communicators[key] = self.alone()
             else:
                 self._communicators[key] = self._create(axis, channel)
         return self._communicators[key]
+
+    def alone(self) -> Communicator:
+        """A group of this rank only."""
+        return LocalCommunicator(self.accelerator.device)
 
     def _create(self, axis: str, channel: str) -> TorchCommunicator:
         _leave_at_exit()

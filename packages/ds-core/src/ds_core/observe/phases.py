@@ -94,7 +94,8 @@ class Phases:
             self._watch_optimizer(optimizer)
         if self._owner is not None:
             owner = self._owner
-            for comm in {id(c): c for c in (owner.comm, owner.gather_comm, owner.control)}.values():
+            wires = (owner.comm, owner.gather_comm, owner.control, owner.replicas, owner.everyone)
+            for comm in {id(wire): wire for wire in wires}.values():
                 for op in (
                     _COLLECTIVES if comm.world > 1 or per_unit else ()
                 ):  # alone there is nothing to wait for

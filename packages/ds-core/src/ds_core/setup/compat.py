@@ -215,8 +215,8 @@ def _loader(
     sampler = ResumableSampler(
         len(data),
         plan.micro_batch_size,
-        rank=mesh.rank("dp_shard"),
-        world=mesh.world,
+        rank=mesh.rank("data"),
+        world=mesh.size("data"),
         accumulate=plan.accumulate,
         tail="drop" if plan.drop_last else "pad",
     )

@@ -38,7 +38,7 @@ def save(
     _check_tag(engine, tag, validation)
     with CheckpointStore(folder / tag) as store:
         store.save(engine.global_steps, engine.parts(), user=client_state)
-    if save_latest and engine.owner.comm.rank == 0:
+    if save_latest and engine.owner.everyone.rank == 0:
         _replace(folder / _LATEST, tag.encode())
     engine.owner.mesh.barrier()
     return True
@@ -105,10 +105,10 @@ def save_model(owner: FlatOwner, folder: Path, filename: str) -> bool:
     tensors: dict[str, Tensor] = {}
     for unit in owner.units:
         with owner.whole([unit]):
-            if owner.comm.rank == 0:
+            if owner.everyone.rank == 0:
                 for slot, param in zip(unit.layout.slots, unit.params, strict=True):
                     tensors[slot.fqn] = param.detach().to("cpu", copy=True)
-    if owner.comm.rank == 0:
+    if owner.everyone.rank == 0:
         from safetensors.torch import save as to_bytes
 
         buffers = {
@@ -124,14 +124,14 @@ def save_model(owner: FlatOwner, folder: Path, filename: str) -> bool:
 def _check_tag(engine: Engine, tag: str, validation: str) -> None:
     if not tag or Path(tag).name != tag:
         raise ValueError(f"given tag {tag!r}; allowed: a plain name without slashes, such as global_step100")
-    if validation == "Ignore" or engine.owner.comm.world == 1:
+    if validation == "Ignore" or engine.owner.everyone.world == 1:
         return
     number = int.from_bytes(hashlib.sha256(tag.encode()).digest()[:7], "big")
     ends = torch.tensor([number, -number])
     engine.owner.control.all_reduce(ends, op="max", about="a checkpoint's tag").wait()
     if int(ends[0]) == -int(ends[1]):
         return
-    rank = engine.owner.comm.rank
+    rank = engine.owner.everyone.rank
     text = f"rank {rank} saves with tag {tag!r}, another rank with another; give all ranks the same"
     if validation == "Fail":
         raise ValueError(text)

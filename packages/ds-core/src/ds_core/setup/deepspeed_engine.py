@@ -56,7 +56,7 @@ class DeepSpeedEngine(Engine):
         self.plan, self.loader = plan, loader
         self.module, self.lr_scheduler, self.training_dataloader = model, scheduler, loader
         self.device = owner.device
-        self.global_rank, self.world_size = owner.comm.rank, owner.comm.world
+        self.global_rank, self.world_size = owner.everyone.rank, owner.everyone.world
         self.progress = Progress(plan.reporting, owner.mesh.accelerator, self.global_rank)
         self._boundary: bool | None = None
 

@@ -15,6 +15,7 @@ from ds_core.ground.accelerator import keep_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.ground.wire import Codec
 from ds_core.state.factory import UnitFactory, flatten
+from ds_core.state.groups import Across, DataGroups
 from ds_core.state.hooks import OwnerHooks, dtype_of, in_backward, outside_of_graphs
 from ds_core.state.layout import Cut
 from ds_core.state.precision import Precision
@@ -64,16 +65,15 @@ class FlatOwner(SavedUnits):
         self.mesh = mesh or Topology().build()
         self.device = self.mesh.accelerator.device
         keep_freed_memory(self.mesh.accelerator)
-        self.axis = _data_axis(self.mesh)
         self.sharded = sharded
         self.precision = precision
         self.store: Store = store or DeviceStore()
         settings = _Options(**options)
         self.options, self.given = settings, frozenset(options)  # for `explain`
         self.cut = settings.cut
-        self.comm = self.mesh.communicator(self.axis, "reduce")
-        self.gather_comm = self.mesh.communicator(self.axis, "gather")
-        self.control = self.mesh.communicator(self.axis, "control")
+        groups = DataGroups(self.mesh, across=settings.across if sharded else "all")
+        self.axis, self.comm, self.gather_comm = groups.axis, groups.reduce, groups.gather
+        self.replicas, self.everyone, self.control = groups.replicas, groups.everyone, groups.control
         self._settings, self._whole_grads = settings, whole_grads
         self.factory = UnitFactory(
             precision,
@@ -109,6 +109,7 @@ class FlatOwner(SavedUnits):
             self.trainable,
             self.comm,
             self.control,
+            replicas=self.replicas,
             sharded=self.sharded,
             whole_grads=self._whole_grads,
             codec=self._settings.reduce,
@@ -152,7 +153,7 @@ class FlatOwner(SavedUnits):
 
     def take_from_first(self, tensor: Tensor, about: str = "") -> None:
         """The contents of a tensor that every rank has become rank 0's. Collective over all data ranks."""
-        self.comm.broadcast(tensor, about=about).wait()
+        self.everyone.broadcast(tensor, about=about).wait()
 
     # -- the root's forward (these two hooks outlive any change of units) ----------------------------------
 
@@ -209,7 +210,9 @@ class FlatOwner(SavedUnits):
         """
         self.reducer.forget_taken()
         for unit in self.trainable:
-            if unit.key not in copied:
+            if unit.key in copied:
+                unit.edition += 1
+            else:
                 unit.refresh_local()
             # Autograd must notice, as it would after a plain optimizer's in-place update.
             torch.autograd.graph.increment_version(unit.params)
@@ -256,7 +259,9 @@ class _Options:
         overlap: bool = True,
         keep_whole: Callable[[UnitPlan], bool] = lambda plan: True,
         lossy_gather: bool = False,
+        across: Across = "shard",
     ) -> None:
+        self.across = across
         self.cut, self.bucket_numel, self.reduce = cut, bucket_numel, reduce
         self.overlap, self.keep_whole, self.lossy_gather = overlap, keep_whole, lossy_gather
 
@@ -280,14 +285,3 @@ def _refuse_owned(model: nn.Module) -> None:
     owned = [name for name, param in model.named_parameters() if param in _OWNERS]
     if owned:
         raise ValueError(f"{owned[0]} (and {len(owned) - 1} more) is sharded already; shard a model once")
-
-
-def _data_axis(mesh: Mesh) -> str:
-    """The one axis of more than one rank along which data differs."""
-    axes = [axis for axis in ("dp_replicate", "dp_shard") if mesh.size(axis) > 1]
-    if len(axes) == 2:
-        raise ValueError(
-            f"dp_replicate={mesh.size('dp_replicate')} with dp_shard={mesh.size('dp_shard')}: hybrid "
-            "sharding is not there yet; give all data-parallel ranks to one of the two"
-        )
-    return axes[0] if axes else "dp_shard"

@@ -46,6 +46,7 @@ class GradReducer:
         comm: Communicator,
         control: Communicator,
         *,
+        replicas: Communicator,
         sharded: bool,
         whole_grads: bool,
         codec: Codec | None = None,
@@ -57,7 +58,7 @@ class GradReducer:
         self.hold = False  # nothing is launched in rounds that begin while this is set
         self.in_round = False
         self.changed_elsewhere: Callable[[], object] = _unexpected  # another rank announced; raises
-        self._comm, self._control = comm, control
+        self._comm, self._control, self._replicas = comm, control, replicas
         self._sharded, self._whole_grads, self._codec, self._overlap = sharded, whole_grads, codec, overlap
         self._pending = [_Pending(None, [False] * len(u.params), [False] * len(u.params)) for u in self.units]
         self._in_flight: list[Ticket] = []
@@ -144,6 +145,9 @@ class GradReducer:
             ticket = self._all_reduce(unit, bucket)
         else:
             accumulate = unit.gradient is not None
+            if unit.gradient is not None and self._replicas.world > 1 and unit.is_mean:
+                unit.gradient.mul_(1.0 / self._replicas.world)  # a share again, until the next drain
+            unit.is_mean = False
             if unit.gradient is None:
                 unit.gradient = torch.empty(
                     unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device
@@ -153,7 +157,7 @@ class GradReducer:
                 self._codec,
                 unit.gradient,
                 bucket,
-                scale=1.0 / self._comm.world,
+                scale=1.0 / (self._comm.world * self._replicas.world),
                 accumulate=accumulate,
                 about=unit.about,
             )
@@ -222,10 +226,24 @@ class GradReducer:
         for ticket in self._in_flight:
             ticket.wait()
         self._in_flight.clear()
+        self._sum_over_replicas()
         if self._expected_rounds is None:
             self._learn_order()
         self._expected_rounds, self._rounds = self._rounds, 0
         self._drained = True
+
+    def _sum_over_replicas(self) -> None:
+        """Between nodes gradients travel once in a step, as shards (Zhang et al., "MiCS", 2022)."""
+        if self._replicas.world == 1:
+            return
+        tickets = []
+        for index in self.order:
+            unit = self.units[index]
+            if unit.gradient is not None and not unit.is_mean:
+                tickets.append(self._replicas.all_reduce(unit.gradient, about=unit.about))
+                unit.is_mean = True
+        for ticket in tickets:
+            ticket.wait()
 
     def _agree(self) -> list[bool]:
         """Which slots got a gradient on any rank, and which units still hold some on any rank."""

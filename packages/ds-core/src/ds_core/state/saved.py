@@ -18,6 +18,7 @@ class SavedUnits:
     model: nn.Module
     units: list[FlatUnit]
     comm: Communicator
+    replicas: Communicator
     sharded: bool
     changes: ChangeGate
     replanner: Replanner
@@ -35,12 +36,10 @@ class SavedUnits:
         raise NotImplementedError
 
     def written_part(self, unit: FlatUnit) -> range:
-        """Elements of the unit's shard that this rank writes: all, or 1/world of what every rank holds."""
-        numel = unit.layout.shard_numel
-        if self.sharded:
-            return range(numel)
-        each = -(-numel // self.comm.world)
-        return range(min(numel, each * self.comm.rank), min(numel, each * (self.comm.rank + 1)))
+        """Elements of the unit's shard that this rank writes: its part of what several ranks hold."""
+        numel, copies = unit.layout.shard_numel, self.replicas if self.sharded else self.comm
+        each = -(-numel // copies.world)
+        return range(min(numel, each * copies.rank), min(numel, each * (copies.rank + 1)))
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
         """Parameters (masters where there are any) as this rank's shards, buffers whole, tied names."""

@@ -79,6 +79,8 @@ class FlatUnit:
         self.state = Whole.ABSENT
         self.ticket: Ticket | None = None
         self.gradient: Tensor | None = None
+        self.edition = 0  # counts changes of `local`
+        self.is_mean = False  # `gradient` is the mean over replicas too, not this one's share of it
         self.pinned = 0  # how many `gather` contexts want it whole
         self._gone = False
         self._versions: list[int] = []  # of `params`, when they last equalled the masters
@@ -267,13 +269,15 @@ class FlatUnit:
         return self.master().tensor if self.trainable else self.local
 
     def refresh_local(self) -> None:
-        """Master -> shard in the parameters' dtype (nothing to do where they are the same memory)."""
+        """Master -> shard in the parameters' dtype (nothing to copy where they are the same memory)."""
+        self.edition += 1
         if self.trainable and self.separate_master:
             with self.master() as lease:
                 self.local.copy_(lease.tensor)
 
     def absorb_whole(self) -> None:
         """The parameters were written: whole -> shard and master."""
+        self.edition += 1
         part = self.whole[self.span]
         if self.local.data_ptr() != part.data_ptr():
             self.local.copy_(part)

@@ -29,12 +29,13 @@ def square_and_sums(optimizer: ShardedOptimizer, sums: Tensor | None) -> Tensor:
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         square = torch.stack(list(norms)).double().square().sum().view(1)
     if owner.sharded:
+        square /= owner.everyone.world // owner.comm.world  # every replica adds the same
         message = square if sums is None else torch.cat([square, sums])
-        owner.comm.all_reduce(message, about="the gradient norm").wait()
+        owner.everyone.all_reduce(message, about="the gradient norm").wait()
         return message
     if sums is None:
         return square
-    owner.comm.all_reduce(sums, about="the loss").wait()
+    owner.everyone.all_reduce(sums, about="the loss").wait()
     return torch.cat([square, sums])
 
 

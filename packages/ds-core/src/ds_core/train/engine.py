@@ -275,7 +275,7 @@ class Engine:
             raise self._nonfinite("", str(error)) from None
         if self._overflows % self.overflows_before_naming == 0:
             where = self._where()
-            if self.owner.comm.rank == 0:
+            if self.owner.everyone.rank == 0:
                 warnings.warn(
                     f"step {self.global_steps + 1}: {self._overflows} overflows in a row, the loss scale is "
                     f"{self.scaler.value:g} now; {where}. bfloat16 has no such limits",

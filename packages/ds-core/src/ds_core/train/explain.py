@@ -75,7 +75,7 @@ def _engine(engine: Stepping) -> Iterator[Setting]:
 
 
 def _owner(owner: FlatOwner) -> Iterator[Setting]:
-    world = owner.comm.world
+    world = owner.everyone.world
     yield Setting(
         "owner.ranks", world, Origin("derived", f"mesh axis {owner.axis}"), "the data axis", world > 1
     )
