@@ -84,9 +84,9 @@ def bytes_by_formula(engine: Engine, ranks: int, *, first: bool) -> dict[str, in
 
     A reduce-scatter or an all-gather of N elements sends N * (W - 1) / W, an all-reduce twice that, but a
     small one, and a broadcast, N * (W - 1): every rank, or the first, sends to all others. With Psi elements
-    in all: stage 0 reduces whole, 1 and 2 scatter (2: in every micro batch) and gather once, 3
-    scatters and gathers twice in every micro batch. On top: one vote for each parameter and each unit, the
-    norm and five sums in doubles, and in the first step rank 0's order of the units.
+    in all: stage 0 reduces whole, 1 and 2 scatter (2: in every micro batch) and gather once, 3 scatters and
+    gathers twice in every micro batch. On top: a vote for each parameter, each unit and the structure, four of the
+    signature, the norm and five sums in doubles, and in the first step rank 0's order of the units.
     """
     if ranks == 1:
         return {}
@@ -97,7 +97,7 @@ def bytes_by_formula(engine: Engine, ranks: int, *, first: bool) -> dict[str, in
     whole = sum(all_reduced(4 * unit.layout.numel, ranks) for unit in units)
     micros = engine.accumulate
     model = [whole, scattered + gathered, micros * scattered + gathered, micros * (scattered + 2 * gathered)]
-    votes = all_reduced(4 * (sum(len(unit.params) for unit in units) + len(units)), ranks)
+    votes = all_reduced(4 * (sum(len(unit.params) for unit in units) + len(units) + 5), ranks)
     sums = all_reduced(8 * (6 if stage else 5), ranks)
     order = 8 * len(units) * (ranks - 1) if first and engine.owner.comm.rank == 0 else 0
     return {"dp_shard": model[stage] + votes + sums + order}

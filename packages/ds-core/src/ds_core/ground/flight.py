@@ -120,6 +120,13 @@ class Lane:
         if self._guard is not None:
             self._guard.explain(error)
 
+    def disagree(self) -> None:
+        """Ranks have compared their digests, and they differ. Raises DesyncError."""
+        error = RuntimeError(f"ranks issued different collectives before this one of {self.name}")
+        if self._guard is not None:
+            self._guard.explain(error)
+        raise error
+
     def recent(self, count: int = RING) -> list[Flight]:
         """The last collectives, oldest first."""
         last = self.number
@@ -137,6 +144,19 @@ class _Awaited:
 
     def wait(self) -> None:
         self.lane.wait(self.flight, self.works)
+
+
+def signature(lanes: Sequence[Lane]) -> list[float]:
+    """Four numbers that are exact in fp32: the maximum over ranks ends with the negative of its first half
+    if, and only if, all ranks issued the same collectives in these lanes."""
+    digest = crc32(repr([(lane.number, lane.digest) for lane in lanes]).encode())
+    halves = [float(digest >> 16), float(digest & 0xFFFF)]
+    return halves + [-half for half in halves]
+
+
+def is_one_signature(largest: Sequence[float]) -> bool:
+    """Were the signatures of all ranks the same, given the maximum of each number?"""
+    return all(high == -low for high, low in zip(largest[:2], largest[2:], strict=True))
 
 
 def user_lines(frame: FrameType | None) -> Lines:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from ds_core.ground.collectives import TorchCommunicator
 from ds_core.ground.mesh import Mesh
 from ds_core.ground.wire import Communicator
 
@@ -16,7 +17,8 @@ class DataGroups:
     `reduce`, `gather`: the ranks along which masters are cut (`axis`), for gradients and for parameters.
     `replicas`: the ranks that hold the same part, of other nodes (HSDP, MiCS); alone where there are none.
     `everyone`: all ranks whose data differ, and `control` the same on the CPU. With `across="all"` masters
-    are cut over everyone even where the mesh has replicas. Collective: makes process groups.
+    are cut over everyone even where the mesh has replicas. `lanes`: what ranks must have issued alike before
+    gradients are used. Collective: makes process groups.
     """
 
     def __init__(self, mesh: Mesh, *, across: Across = "shard") -> None:
@@ -30,4 +32,6 @@ class DataGroups:
         self.gather = mesh.communicator(self.axis, "gather")
         self.everyone: Communicator = mesh.communicator("data", "reduce") if cut else self.reduce
         self.control = mesh.communicator("data" if cut else self.axis, "control")
+        wires = (self.reduce, self.gather)
+        self.lanes = [wire.lane for wire in wires if isinstance(wire, TorchCommunicator)]
         self.replicas = mesh.communicator("dp_replicate", "reduce") if cut else mesh.alone()

@@ -71,7 +71,7 @@ class FlatOwner(SavedUnits):
         settings = _Options(**options)
         self.options, self.given = settings, frozenset(options)  # for `explain`
         self.cut = settings.cut
-        groups = DataGroups(self.mesh, across=settings.across if sharded else "all")
+        self._groups = groups = DataGroups(self.mesh, across=settings.across if sharded else "all")
         self.axis, self.comm, self.gather_comm = groups.axis, groups.reduce, groups.gather
         self.replicas, self.everyone, self.control = groups.replicas, groups.everyone, groups.control
         self._settings, self._whole_grads = settings, whole_grads
@@ -107,9 +107,7 @@ class FlatOwner(SavedUnits):
         self.trainable = [unit for unit in self.units if unit.trainable]
         self.reducer = GradReducer(
             self.trainable,
-            self.comm,
-            self.control,
-            replicas=self.replicas,
+            self._groups,
             sharded=self.sharded,
             whole_grads=self._whole_grads,
             codec=self._settings.reduce,

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from ds_core.ground.codec import CastCodec, reduce_coded
+from ds_core.ground.flight import is_one_signature, signature
 from ds_core.ground.ticket import Ticket
-from ds_core.ground.wire import Codec, Communicator
+from ds_core.ground.wire import Codec
+from ds_core.state.groups import DataGroups
 from ds_core.state.unit import FlatUnit
 
 IN_FLIGHT = 2  # reductions under way at once: enough to overlap, few enough to bound memory
@@ -43,10 +45,8 @@ class GradReducer:
     def __init__(
         self,
         units: Sequence[FlatUnit],
-        comm: Communicator,
-        control: Communicator,
+        groups: DataGroups,
         *,
-        replicas: Communicator,
         sharded: bool,
         whole_grads: bool,
         codec: Codec | None = None,
@@ -58,7 +58,8 @@ class GradReducer:
         self.hold = False  # nothing is launched in rounds that begin while this is set
         self.in_round = False
         self.changed_elsewhere: Callable[[], object] = _unexpected  # another rank announced; raises
-        self._comm, self._control, self._replicas = comm, control, replicas
+        self._comm, self._control, self._replicas = groups.reduce, groups.control, groups.replicas
+        self._lanes = groups.lanes  # in which ranks must have issued the same before gradients are used
         self._sharded, self._whole_grads, self._codec, self._overlap = sharded, whole_grads, codec, overlap
         self._pending = [_Pending(None, [False] * len(u.params), [False] * len(u.params)) for u in self.units]
         self._in_flight: list[Ticket] = []
@@ -266,9 +267,16 @@ class GradReducer:
         self._vote([*[0.0] * (sum(map(len, self._seen)) + len(self._pending)), 1.0])
 
     def _vote(self, flags: list[float]) -> list[bool]:
-        votes = torch.tensor(flags, dtype=torch.float32)
+        """Each flag as it is on any rank; the last says that a model changed.
+
+        Raises DesyncError when ranks did not issue the same collectives so far.
+        """
+        votes = torch.tensor(flags + signature(self._lanes), dtype=torch.float32)
         self._control.all_reduce(votes, op="max", about="the gradients that ranks have").wait()
-        return [vote > 0 for vote in votes.tolist()]
+        found: list[float] = votes.tolist()
+        if not found[len(flags) - 1] and not is_one_signature(found[len(flags) :]):
+            self._lanes[0].disagree()
+        return [vote > 0 for vote in found[: len(flags)]]
 
     def _learn_order(self) -> None:
         """From now on launch in the order in which rank 0's units were complete in the first round."""
