@@ -85,8 +85,8 @@ def bytes_by_formula(engine: Engine, ranks: int, *, first: bool) -> dict[str, in
     A reduce-scatter or an all-gather of N elements sends N * (W - 1) / W, an all-reduce twice that, but a
     small one, and a broadcast, N * (W - 1): every rank, or the first, sends to all others. With Psi elements
     in all: stage 0 reduces whole, 1 and 2 scatter (2: in every micro batch) and gather once, 3 scatters and
-    gathers twice in every micro batch. On top: a vote for each parameter, each unit and the structure, four of the
-    signature, the norm and five sums in doubles, and in the first step rank 0's order of the units.
+    gathers twice in every micro batch. On top: a vote for each parameter, each unit and the structure, four
+    numbers of the signature, the norm and five sums in doubles, and in the first step rank 0's order.
     """
     if ranks == 1:
         return {}
