@@ -348,6 +348,31 @@ def test_adding_gradients_up_costs_nothing_and_profile_model_leaves_none() -> No
     assert model.weight.grad is None
 
 
+def test_a_hugging_face_decoder_with_grouped_heads() -> None:
+    transformers = pytest.importorskip("transformers", reason="counts a model of transformers")
+    width, inner, heads, groups, layers, words = 32, 48, 4, 2, 3, 100
+    config = transformers.LlamaConfig(
+        vocab_size=words,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        num_hidden_layers=layers,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config)
+    rows, length = 2, 7
+    report = profile_model(model, input_ids=torch.randint(words, (rows, length)))
+    token = 2 * width * width + 2 * width * width * groups // heads + 3 * width * inner
+    attention = 2 * rows * length * length * width
+    macs = layers * (rows * length * token + attention) + rows * length * width * words
+    # Angles are a product with an inner dimension of one, which versions of torch compute in two ways.
+    assert report.macs == macs + report["model.rotary_emb"].forward.macs
+    assert report["model.layers.1"].forward.macs == rows * length * token + attention
+    assert report["model.layers.1.self_attn"].forward.macs > attention
+    assert report.params == sum(p.numel() for p in model.parameters())
+
+
 @distributed(world_size=2)
 def test_a_replicated_model_counts_as_the_plain_one(rank: int) -> None:
     for case in ("mlp", "tied", "twice", "checkpoint_reentrant", "frozen"):

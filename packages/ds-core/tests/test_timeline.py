@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_core import Engine, ReplicatedOwner, ShardedOptimizer, Timeline
+from ds_core import Engine, ReplicatedOwner, ShardedOptimizer, Timeline, initialize
 from ds_core.observe.phases import Phases
 from ds_core.testing.distributed import distributed
 from ds_core.testing.models import CASES, Batch
@@ -80,6 +80,16 @@ def test_a_late_rank_shows_as_waiting_on_the_other(rank: int) -> None:
         assert waited > 2 * NAP
     for times in timeline.steps:
         assert times.wait <= times.backward + times.step
+
+
+def test_an_engine_from_a_deepspeed_file() -> None:
+    file = {"train_batch_size": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    engine, *_ = initialize(model=nn.Linear(6, 2), config=file)
+    with Timeline(engine) as timeline:
+        for _ in range(2):
+            engine.backward(engine(torch.randn(2, 6)).sum())
+            engine.step()
+    assert [min(t.forward, t.backward, t.step) > 0 for t in timeline.steps] == [True, True]
 
 
 def test_a_plain_loop_is_seen_by_its_hooks() -> None:

@@ -113,6 +113,7 @@ def packet_of(func: Any) -> Any:
     return getattr(func, "_overloadpacket", func)
 
 
+@cache
 def name_of(func: Any) -> str:
     """`aten.addmm.out` -> "addmm"; other namespaces keep theirs: "ds.adam"."""
     packet = packet_of(func)

@@ -48,6 +48,7 @@ class StreamClock:
         return event
 
     def seconds(self, begin: torch.Event, end: torch.Event) -> float:
+        begin.synchronize()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
