@@ -78,25 +78,27 @@ class UseHooks:
             self._units
         )  # uses whose backward has begun and will say when it ends
         self._complete = [False] * len(self._units)  # all gradients of this backward are taken
+        self._open_ended = [False] * len(self._units)  # a use has begun its backward and will not say when
         self._retired = False
         self._any_cut = any(not unit.keep_whole for unit in self._units)
-        modules = dict(owner.model.named_modules())
-        users: dict[str, list[FlatUnit]] = {}
+        # By module, not by name: one module may have several names, and then a unit knows it by any of them.
+        named = dict(owner.model.named_modules(remove_duplicate=False))
+        users: dict[nn.Module, dict[int, FlatUnit]] = {}
         for unit in self._units:
             for name in unit.plan.users:
-                users.setdefault(name, []).append(unit)
+                users.setdefault(named[name], {})[self._index[id(unit)]] = unit
         # Definition order, a unit once for each of its users: what the first pass is expected to do.
-        order = [self._index[id(unit)] for name in modules for unit in users.get(name, ())]
+        order = [index for module in owner.model.modules() for index in users.get(module, ())]
         numels = [unit.layout.numel for unit in self._units]
         self._hint = OrderHint(numels, prefetch_numel, order, keep=keep_numel)
-        self._of_root = users.pop("", [])
+        self._of_root = list(users.pop(owner.model, {}).values())
         handles = owner.hooks.handles
-        for name, units in users.items():
-            lookup = _only_looks_up(modules[name])
-            before = outside_of_graphs(partial(self._before_forward, units))
-            after = outside_of_graphs(partial(self._after_forward, units, lookup))
-            handles.append(modules[name].register_forward_pre_hook(before))
-            handles.append(modules[name].register_forward_hook(after, with_kwargs=True, always_call=True))
+        for module, units in users.items():
+            lookup = _only_looks_up(module)
+            before = outside_of_graphs(partial(self._before_forward, list(units.values())))
+            after = outside_of_graphs(partial(self._after_forward, list(units.values()), lookup))
+            handles.append(module.register_forward_pre_hook(before))
+            handles.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
 
     def retire(self) -> None:
         """The units were cut anew: what is left of these hooks, in graphs built before, does nothing."""
@@ -183,7 +185,9 @@ class UseHooks:
             return
         gatherer = self._owner.gatherer
         for unit in units:
-            self._backward_users[self._index[id(unit)]] += ends
+            index = self._index[id(unit)]
+            self._backward_users[index] += ends
+            self._open_ended[index] |= not ends
             gatherer.launch(unit)
         for ahead in self._hint.before(self._index[id(units[0])]):
             if not _needs_no_backward(self._units[ahead], self._owner.model):
@@ -197,7 +201,7 @@ class UseHooks:
         for unit in units:
             index = self._index[id(unit)]
             self._backward_users[index] = max(0, self._backward_users[index] - 1)
-            over = self._complete[index] or not unit.trainable
+            over = self._complete[index] or not (unit.trainable or self._open_ended[index])
             if over and self._backward_users[index] == 0 and self._active[index] == 0:
                 self._owner.gatherer.release(unit)
 
@@ -215,7 +219,7 @@ class UseHooks:
         """Whatever is still whole (unused parameters, wrong guesses) goes."""
         for index, unit in enumerate(self._units):
             self._backward_users[index] = 0
-            self._complete[index] = False
+            self._complete[index] = self._open_ended[index] = False
             if self._active[index] == 0 and unit.state is not Whole.ABSENT:
                 self._owner.gatherer.release(unit)
 
