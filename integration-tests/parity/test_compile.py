@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from ds_core import checkpoint_blocks
 from ds_core.testing.distributed import distributed
 from ds_core.testing.models import CASES
 from ds_core.testing.parity import Twin, assert_close_norm
-from ds_zero import compile_blocks, full_tensor, shard
+from ds_zero import compile_blocks, full_grad, full_tensor, shard
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -87,3 +88,38 @@ def test_compiling_hooks_and_all_breaks_the_graph_but_not_the_numbers(rank: int)
         assert_close_norm(masters(model), twin.parameters(), 1e-5)
         assert counters["stats"]["unique_graphs"] >= 1
         assert sum(counters["graph_break"].values()) > 0
+
+
+@distributed(world_size=2)
+def test_a_hugging_face_model_compiles_and_recomputes_its_layers(rank: int) -> None:
+    """Three Llama layers are one graph, run again in the backward with the gradients of one plain process."""
+    transformers = pytest.importorskip("transformers", reason="a test of transformers' own models")
+    config = transformers.LlamaConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_cache=False,
+    )
+    tokens = torch.randint(101, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def grads(sharded: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model: nn.Module = transformers.LlamaForCausalLM(config)
+        if sharded:
+            shard(model, adamw(model), stage=3)
+            compile_blocks(model, backend="aot_eager", fullgraph=True)
+            checkpoint_blocks(model)
+        rows = tokens[rank : rank + 1] if sharded else tokens
+        model(input_ids=rows, labels=rows).loss.backward()
+        found = {n: full_grad(p) if sharded else p.grad for n, p in model.named_parameters()}
+        return {name: grad for name, grad in found.items() if grad is not None}
+
+    expected = grads(sharded=False)
+    torch._dynamo.reset()
+    counters.clear()
+    assert_close_norm(grads(sharded=True), expected, 1e-5)
+    assert counters["stats"]["unique_graphs"] == 1, dict(counters["stats"])
+    assert dict(counters["graph_break"]) == {}
