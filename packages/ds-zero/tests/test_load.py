@@ -81,6 +81,28 @@ def test_every_part_is_where_it_belongs(tmp_path: Path, rank: int, stage: int, o
     assert off == {True, False}  # each rank read some of it
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+@distributed(2)
+def test_a_part_that_is_added_later_is_loaded_too(tmp_path: Path, stage: int) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    shard(model, optimizer, stage=stage)
+    torch.manual_seed(torch.distributed.get_rank())
+    with materialize():
+        head, other = nn.Linear(6, 3), nn.Linear(3, 3)
+        nn.init.constant_(other.weight, 0.5)
+    wanted = {"weight": torch.arange(18.0).view(3, 6), "bias": torch.ones(3)}
+    load_pretrained(head, write(tmp_path / "weights", wanted))
+    model.append(head).append(other)
+    optimizer.add_param_group({"params": [*head.parameters(), *other.parameters()]})
+    model(torch.ones(2, 4)).sum().backward()
+    for name, tensor in wanted.items():
+        assert torch.equal(full_tensor(model[2].get_parameter(name)), tensor)
+    assert torch.equal(full_tensor(model[3].weight), torch.full((3, 3), 0.5))
+    optimizer.step()
+    assert not torch.equal(full_tensor(model[2].bias), wanted["bias"])
+
+
 @distributed(1)
 def test_stage_0_wants_a_model_with_bytes() -> None:
     model = build("materialize")

@@ -74,7 +74,12 @@ def materialize_buffers(model: nn.Module, device: torch.device, initializer: Ini
 
 
 def materialize_unit(
-    model: nn.Module, unit: FlatUnit, device: torch.device, initializer: Initializer | None
+    model: nn.Module,
+    unit: FlatUnit,
+    device: torch.device,
+    initializer: Initializer | None,
+    *,
+    files: bool = False,
 ) -> Tensor | None:
     """Give the unit's meta parameters bytes and values, in place of the meta ones in their modules.
 
@@ -84,11 +89,11 @@ def materialize_unit(
     Values come from `initializer(module)`, else from what was noted when the model was built inside
     `materialize()`, else from the module's own `reset_parameters()`. Parameters of the same module that
     belong to another unit are shielded. Rank 0's values win afterwards, so ranks need not share a seed.
-    Those that each rank reads from a file are left to `read_unit`. On a meta device (a fake world) nothing
-    is to be done.
+    Those that each rank can read from a file are left to `read_unit`, unless `files`. On a meta device (a
+    fake world) nothing is to be done.
     """
-    wanted = [p.is_meta and device.type != "meta" and shared_source(p) is None for p in unit.params]
-    if not any(wanted):
+    wanted = [p.is_meta and (files or shared_source(p) is None) for p in unit.params]
+    if device.type == "meta" or not any(wanted):
         return None
     flat = torch.zeros(unit.layout.numel, dtype=unit.master_dtype, device=device)
     fresh: dict[int, nn.Parameter] = {}
@@ -100,7 +105,8 @@ def materialize_unit(
         fresh[id(param)] = nn.Parameter(view, requires_grad=param.requires_grad)
         keep_attributes(param, fresh[id(param)])
         recipe = recipe_of(param)
-        if initializer is None and recipe is not None and recipe.unknown is None:
+        chosen = initializer is None or shared_source(param) is not None
+        if chosen and recipe is not None and recipe.unknown is None:
             noted.append((param, fresh[id(param)]))
     _put(model, unit, fresh)
     replay([(recipe, real) for param, real in noted if (recipe := recipe_of(param)) is not None])
@@ -118,7 +124,7 @@ def materialize_unit(
 
 
 def read_unit(
-    model: nn.Module, unit: FlatUnit, store: Store, take_from_first: Callable[[Tensor], None]
+    model: nn.Module, unit: FlatUnit, store: Store, take_from_first: Callable[[Tensor, str], None]
 ) -> None:
     """Fill the unit's master and shard, each parameter that lies in a file from there, and only this part.
 
@@ -139,7 +145,7 @@ def read_unit(
                     source.read(overlap.begin, part[slice(*overlap.local)])
                 continue
             values = param.detach().to(unit.device, copy=True).contiguous()
-            take_from_first(values)
+            take_from_first(values, unit.about)
             if overlap is not None:
                 low, high = overlap.local
                 part[low:high].copy_(values.view(-1)[overlap.begin : overlap.begin + high - low])
@@ -147,16 +153,6 @@ def read_unit(
             lease.dirty = True
     unit.refresh_local()
     _put(model, unit, fresh)
-
-
-def show_unit(unit: FlatUnit) -> None:
-    """The unit's values are there: parameters are views of the whole copy, or absent where that goes."""
-    unit.make_room()
-    unit.point_at_whole()
-    unit.note_versions()
-    unit.arrive()
-    if not unit.keep_whole:
-        unit.let_go()
 
 
 def _put(model: nn.Module, unit: FlatUnit, fresh: Mapping[int, nn.Parameter]) -> None:

@@ -17,6 +17,7 @@ from ds_core.setup.estimate import Recipe, check_fits
 from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner
 from ds_core.state.precision import Precision
+from ds_core.state.replan import finish
 from ds_core.state.unit import FlatUnit, Whole
 from ds_core.state.units import UnitPlan, plan_units
 from ds_zero.deferred import shared_source
@@ -27,7 +28,6 @@ from ds_zero.fill import (
     materialize_unit,
     read_unit,
     refuse_unfillable,
-    show_unit,
 )
 from ds_zero.gatherer import Gatherer
 from ds_zero.hooks import UseHooks
@@ -130,7 +130,8 @@ class ZeroOwner(FlatOwner):
         refuse_unfillable(self.model, self.config.initializer)
         materialize_buffers(self.model, self.device, self.config.initializer)
         for unit in units:
-            materialize_unit(self.model, unit, self.device, self.config.initializer)
+            materialize_unit(self.model, unit, self.device, self.config.initializer, files=True)
+            forget_recipes(unit)
 
     def _fill_buffers(self) -> None:
         materialize_buffers(self.model, self.device, self.config.initializer)
@@ -141,10 +142,10 @@ class ZeroOwner(FlatOwner):
         if self.device.type != "meta" and any(shared_source(param) is not None for param in unit.params):
             read_unit(self.model, unit, self.store, self.take_from_first)
             if unit.keep_whole:
-                self.gather_comm.all_gather(unit.whole, unit.local).wait()
-            show_unit(unit)
+                self.gather_comm.all_gather(unit.whole, unit.local, about=unit.about).wait()
+            finish(unit)
         elif flat is not None:
-            self.take_from_first(flat)
+            self.take_from_first(flat, unit.about)
             unit.adopt(flat, self.store)
         else:
             super()._fill(unit)
