@@ -74,6 +74,37 @@ def test_a_new_head_is_initialised_named_and_the_same_on_every_rank(tmp_path: Pa
     assert first == second
 
 
+def adapted(directory: str) -> None:
+    """LoRA beside weights that are still in their files: B is zero, A is not, the base is the file's."""
+    import peft
+
+    model = from_pretrained(transformers.AutoModelForCausalLM, directory)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    with materialize():
+        model = peft.get_peft_model(model, settings)
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.SGD(params, lr=1.0)
+    shard(model, optimizer, stage=3)
+    ids = torch.arange(16).view(2, 8)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    wanted = plain(input_ids=ids, labels=ids).loss
+    loss = model(input_ids=ids, labels=ids).loss
+    assert torch.equal(loss, wanted)
+    for name, param in model.named_parameters():
+        value = full_tensor(param)
+        assert param.requires_grad == ("lora_" in name)
+        assert bool(value.any()) == ("lora_B" not in name), name
+    loss.backward()
+    optimizer.step()
+    assert model(input_ids=ids, labels=ids).loss < loss
+
+
+def test_adapters_beside_weights_that_are_in_files(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed: no adapters")
+    written(tmp_path)
+    run_ranks(adapted, 2, directory=str(tmp_path))
+
+
 def other_names(root: str, cases: list[list[str]]) -> None:
     for directory, model_class, wanted_from in cases:
         kind = getattr(transformers, model_class)

@@ -130,12 +130,13 @@ def test_masters_have_the_file_s_precision(tmp_path: Path, file_dtype: torch.dty
     assert torch.equal(model.norm.running_mean, wanted["norm.running_mean"].float())
 
 
+@pytest.mark.parametrize("on", ["materialize", "meta"])
 @distributed(2)
-def test_missing_and_unexpected_names_are_listed(tmp_path: Path) -> None:
+def test_missing_and_unexpected_names_are_listed(tmp_path: Path, on: str) -> None:
     tensors = stored()
     bias = tensors.pop("blocks.1.bias")
     directory = write(tmp_path / "weights", tensors | {"old.gain": bias})
-    model = build("materialize")
+    model = build(on)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         loaded = load_pretrained(model, directory)
@@ -148,6 +149,20 @@ def test_missing_and_unexpected_names_are_listed(tmp_path: Path) -> None:
     found = full_tensor(model.blocks[1].bias)
     assert 0 < float(found.abs().max()) <= 6**-0.5
     assert torch.equal(full_tensor(model.blocks[1].weight), tensors["blocks.1.weight"])
+
+
+@distributed(1)
+def test_values_that_were_forgotten_are_not_made_up(tmp_path: Path) -> None:
+    """What adapters do: made with values, then moved to the device of the layer that they are put beside."""
+    model = build("materialize")
+    load_pretrained(model, write(tmp_path / "weights", stored()))
+    model.adapter = nn.Linear(6, 6)
+    nn.init.zeros_(model.adapter.weight)
+    model.adapter.to(model.embed.weight.device)
+    with pytest.raises(
+        ValueError, match=r"'weight' of module adapter \(Linear\) was put on the meta .*forgot"
+    ):
+        Zero(stage=3).shard(model)
 
 
 @distributed(2)

@@ -119,6 +119,12 @@ def set_source(param: nn.Parameter, source: Source) -> None:
     _RECIPES[param] = Recipe(source, param._version, shared=True)
 
 
+def leave_to_module(param: nn.Parameter, why: str) -> None:
+    """A meta parameter of which nothing is known: its module's own `reset_parameters()` is to fill it."""
+    if recipe_of(param) is None:
+        _RECIPES[param] = Recipe(None, param._version, unknown=why)
+
+
 def shared_source(param: Tensor) -> Source | None:
     """Where any rank reads its part of a meta parameter on its own; None for all other parameters."""
     recipe = recipe_of(param) if param.is_meta else None

@@ -17,11 +17,18 @@ Initializer = Callable[[nn.Module], None]
 
 def refuse_unfillable(model: nn.Module, initializer: Initializer | None) -> None:
     """Raises ValueError naming the first meta parameter or buffer that nothing can fill, before any is."""
+    noted = any(recipe_of(param) is not None for param in model.parameters())
     for name, module in model.named_modules():
         shown = f"{name or 'the root'} ({type(module).__name__})"
         for key, param in module._parameters.items():
             if param is not None and param.is_meta:
                 _refuse_param(shown, key, param, _can_reset(module), initializer)
+                if noted and recipe_of(param) is None and initializer is None:
+                    raise ValueError(
+                        f"parameter {key!r} of module {shown} was put on the meta device by something that "
+                        "forgot its values (adapters follow the device of what they adapt): add it inside "
+                        "`with ds_zero.materialize():`, or pass initializer=fn(module)"
+                    )
         for key, buffer in module._buffers.items():
             own = type(module).__module__.startswith("torch.nn") and _can_reset(module)
             if buffer is not None and buffer.is_meta and not own and initializer is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ds_core.state.owner import FlatOwner, owner_of
 from ds_core.state.unit import FlatUnit
-from ds_zero.deferred import meta_twin, set_source
+from ds_zero.deferred import leave_to_module, meta_twin, set_source
 from ds_zero.load_files import open_directory
 from ds_zero.load_sources import Source, read_whole
 from ds_zero.load_tensor import FileTensor
@@ -234,6 +234,9 @@ def _write(model: nn.Module, sources: Mapping[str, Source]) -> None:
         else:
             with torch.no_grad():
                 tensor.copy_(read_whole(source, tensor.dtype))
+    for param in model.parameters():
+        if param.is_meta:
+            leave_to_module(param, "and the files that were loaded lack it")
     for owner, units in owned.items():
         _write_shards(owner, {owner.units[number]: parts for number, parts in sorted(units.items())})
 
