@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ds_core import Engine, ShardedOptimizer, Timeline, profile_model, trace
+from ds_core import Engine, ShardedOptimizer, Timeline, Topology, profile_model, trace
 from ds_core.testing.distributed import distributed
 from ds_core.testing.models import CASES
 from ds_zero import Zero
@@ -65,6 +65,34 @@ def test_a_trace_at_stage_3_names_the_gathers_and_reductions_of_units(rank: int,
     assert len(fetched) == 1  # without overlap a block's gather is part of its forward
     assert timeline.steps[0].wait > 0
     step(2)  # nothing is left that would fail
+
+
+@distributed(world_size=4)
+def test_waits_of_every_group_of_a_hybrid_mesh_are_seen(rank: int, tmp_path: Path) -> None:
+    case = CASES["mlp"]
+    mesh = Topology(dp_replicate=2, dp_shard=2).build()
+    for secondary in (True, False):
+        model = case.build()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = Zero(
+            stage=3,
+            bucket_numel=64,
+            persist_numel=0,
+            prefetch_numel=0,
+            keep_numel=0,
+            secondary_shard=secondary,
+        )
+        owner = config.shard(model, mesh)
+        engine = Engine(model, owner, ShardedOptimizer(optimizer, owner))
+        with trace(tmp_path / "step.json", engine) as tracing:
+            batch = case.rank_batch(0, rank, 4)
+            engine.train_batch([batch], lambda model, batch: case.losses(model, batch)[0])
+        events = json.loads(tracing.path.read_text())["traceEvents"]
+        waits = [event for event in events if event.get("name", "").startswith("wait gather blocks.1")]
+        backward = next(event for event in events if event.get("name") == "backward")
+        assert sum(_inside(event, backward) for event in waits) == 1
+        reduces = [e for e in events if e.get("name", "").startswith("reduce blocks.1")]
+        assert len(reduces) == (1 if secondary else 2)  # inside the node, and across
 
 
 def _inside(inner: dict[str, float], outer: dict[str, float]) -> bool:

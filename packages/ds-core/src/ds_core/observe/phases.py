@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from ds_core.ground.ticket import Ticket
+from ds_core.ground.wire import Communicator
 from ds_core.state.hooks import at_end_of_backward, in_backward
 from ds_core.state.owner import FlatOwner, owner_of
 from ds_core.train.engine import Engine
@@ -93,13 +94,10 @@ class Phases:
         elif optimizer is not None:
             self._watch_optimizer(optimizer)
         if self._owner is not None:
-            owner = self._owner
-            wires = (owner.comm, owner.gather_comm, owner.control, owner.replicas, owner.everyone)
-            for comm in {id(wire): wire for wire in wires}.values():
-                for op in (
-                    _COLLECTIVES if comm.world > 1 or per_unit else ()
-                ):  # alone there is nothing to wait for
-                    self._wrap(comm, op, functools.partial(self._watched, op))
+            for comm in _communicators(self._owner):
+                if comm.world > 1 or per_unit:  # alone there is nothing to wait for
+                    for op in _COLLECTIVES:
+                        self._wrap(comm, op, functools.partial(self._watched, op))
 
     def detach(self) -> None:
         """Everything is as it was."""
@@ -242,6 +240,13 @@ class Phases:
                 setattr(owner, name, before)
 
         self._undo.callback(undo)
+
+
+def _communicators(owner: FlatOwner) -> list[Communicator]:
+    """All that the owner and its gatherer send by, each once."""
+    holders = [owner, getattr(owner, "gatherer", None)]
+    held = [value for holder in holders if holder is not None for value in vars(holder).values()]
+    return list({id(value): value for value in held if isinstance(value, Communicator)}.values())
 
 
 def _owner_of(model: nn.Module) -> FlatOwner | None:
