@@ -152,6 +152,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="6 tensors have another shape"):
         load_pretrained(model, tmp_path)
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    changed = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    changed.model.layers[1].mlp.down_proj = torch.nn.Sequential(torch.nn.Linear(48, 32, bias=False))
+    with pytest.warns(UserWarning, match=r"not in the model: model\.layers\.1\.mlp\.down_proj\.weight"):
+        loaded = load_pretrained(changed, tmp_path)
+    assert loaded.missing == ("model.layers.1.mlp.down_proj.0.weight",)
+    quantised = transformers.LlamaConfig(**LLAMA, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(ValueError, match="these files are quantised, and quantised loading needs whole"):
+        from_pretrained(transformers.AutoModelForCausalLM, tmp_path, config=quantised)
     with pytest.raises(ValueError, match=r"cannot take device_map='auto': the mesh"):
         from_pretrained(transformers.LlamaForCausalLM, tmp_path, device_map="auto")
 

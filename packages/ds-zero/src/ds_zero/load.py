@@ -88,17 +88,19 @@ def load_pretrained(model: nn.Module, directory: str | os.PathLike[str]) -> Load
     Raises: FileNotFoundError, DamagedCheckpoint, ValueError listing all tensors of another shape, LookupError
     when no name fits: all of them before anything is changed.
     """
-    stored = open_directory(directory)
+    stored: Mapping[str, Source] = open_directory(directory)
+    named = _named(model)
+    loaded: Loaded | None = None
     if _is_transformers(model):
         skeleton, info = _load_lazily(type(model), copy.deepcopy(model.config), stored)
-        named = {**_named(skeleton)}
-        sources = {name: t.source for name, t in named.items() if isinstance(t, FileTensor)}
-        loaded = Loaded(tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])))
-    else:
-        sources = {name: entry for name, entry in stored.items() if name in _named(model)}
-        loaded = _compare(model, sources, stored, directory)
-    _refuse_shapes((name, source.shape, tuple(_named(model)[name].shape)) for name, source in sources.items())
-    _write(model, sources)
+        stored = {name: t.source for name, t in _named(skeleton).items() if isinstance(t, FileTensor)}
+        if _named(skeleton).keys() == named.keys():
+            loaded = Loaded(tuple(sorted(info["missing_keys"])), tuple(sorted(info["unexpected_keys"])))
+    sources = {name: source for name, source in stored.items() if name in named}
+    if loaded is None:  # not transformers' business, or its model was changed since
+        loaded = _compare(named, sources, stored, directory)
+    _refuse_shapes((name, source.shape, tuple(named[name].shape)) for name, source in sources.items())
+    _write(model, named, sources)
     return loaded
 
 
@@ -119,6 +121,8 @@ def _load_lazily(
 
     Raises ValueError listing all tensors of another shape, unless `ignore_mismatched_sizes`.
     """
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"these files are quantised, and {_REFUSED['quantization_config']}")
     if getattr(model_class, "base_model_prefix", None) is None:  # an Auto class
         with torch.device("meta"):
             model_class = type(model_class.from_config(copy.deepcopy(config)))
@@ -150,10 +154,12 @@ def _refuse_shapes(pairs: Iterable[tuple[str, Any, Any]]) -> None:
 
 
 def _compare(
-    model: nn.Module, sources: Mapping[str, Source], stored: Mapping[str, Source], directory: object
+    named: Mapping[str, Tensor],
+    sources: Mapping[str, Source],
+    stored: Mapping[str, Source],
+    directory: object,
 ) -> Loaded:
     """Which names do not fit, said in a warning. A tied parameter needs one of its names only."""
-    named = _named(model)
     had = {id(named[name]) for name in sources}
     missing = tuple(name for name, tensor in named.items() if id(tensor) not in had)
     unexpected = tuple(name for name in stored if name not in sources)
@@ -213,9 +219,9 @@ def _to_meta(model: nn.Module) -> None:
                 module._buffers[key] = read_whole(buffer.source, buffer.dtype)
 
 
-def _write(model: nn.Module, sources: Mapping[str, Source]) -> None:
+def _write(model: nn.Module, named: Mapping[str, Tensor], sources: Mapping[str, Source]) -> None:
     """Each tensor once, where it lives."""
-    named, done = _named(model), set[int]()
+    done = set[int]()
     owned: dict[FlatOwner, dict[int, list[tuple[int, Source]]]] = {}
     for name, source in sources.items():
         tensor = named[name]
