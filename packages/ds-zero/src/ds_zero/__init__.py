@@ -7,17 +7,15 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _HOME: dict[str, str] = {
-    "EMA": "ds_zero.ema",
-    "TiledLinear": "ds_zero.tiled",
-    "Zero": "ds_zero.zero",
-    "ZeroOwner": "ds_zero.owner",
     "clip_grad_norm_": "ds_core.train.clip",
     "compile_blocks": "ds_zero.compiled",
+    "EMA": "ds_zero.ema",
     "from_pretrained": "ds_zero.load",
     "full_grad": "ds_zero.full",
     "full_optimizer_state": "ds_zero.full",
     "full_tensor": "ds_zero.full",
     "gather": "ds_zero.full",
+    "join": "ds_zero.uneven",
     "load_pretrained": "ds_zero.load",
     "materialize": "ds_zero.deferred",
     "no_sync": "ds_zero.accumulate",
@@ -26,6 +24,9 @@ _HOME: dict[str, str] = {
     "set_full_optimizer_state": "ds_zero.full",
     "set_full_tensor": "ds_zero.full",
     "shard": "ds_zero.zero",
+    "TiledLinear": "ds_zero.tiled",
+    "Zero": "ds_zero.zero",
+    "ZeroOwner": "ds_zero.owner",
 }
 
 __all__ = ["__version__", *_HOME]

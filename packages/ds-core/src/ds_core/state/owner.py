@@ -132,10 +132,10 @@ class FlatOwner(SavedUnits):
         self.hooks.remove()
         for param in leaving:
             _OWNERS.pop(param, None)  # type: ignore[no-untyped-call]
-        last, hold = self.reducer.last, self.reducer.hold
+        last, hold, share = self.reducer.last, self.reducer.hold, self.reducer.share
         self.units = units
         self._connect()
-        self.reducer.last, self.reducer.hold = last, hold
+        self.reducer.last, self.reducer.hold, self.reducer.share = last, hold, share
 
     def make_real(self, units: Sequence[FlatUnit]) -> None:
         """Meta parameters of these units get bytes and values, where the owner knows how."""

@@ -55,6 +55,7 @@ class GradReducer:
         self.units = list(units)
         self.order = list(reversed(range(len(self.units))))
         self.last: bool | None = None  # said by the engine; None: guess
+        self.share = 1.0  # what this rank's gradients are multiplied by; at 0 they are as if they never came
         self.hold = False  # nothing is launched in rounds that begin while this is set
         self.in_round = False
         self.changed_elsewhere: Callable[[], object] = _unexpected  # another rank announced; raises
@@ -99,12 +100,16 @@ class GradReducer:
             pending.filled = [False] * len(pending.filled)
         slot = unit.layout.slots[slot_index]
         here = pending.bucket[slot.start : slot.end].view(slot.shape)
+        if self.share == 0.0:
+            grad = torch.zeros_like(grad)
+        elif self.share != 1.0:
+            grad = grad * self.share
         if pending.filled[slot_index]:
             here.add_(grad)
         else:
             here.copy_(grad)
             pending.filled[slot_index] = True
-        self._seen[index][slot_index] = True
+        self._seen[index][slot_index] |= self.share != 0.0
         again = pending.taken[slot_index]
         pending.taken[slot_index] = True
         if again or not all(pending.taken):

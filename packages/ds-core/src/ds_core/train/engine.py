@@ -151,6 +151,10 @@ class Engine:
                 "this loss went backward before, and its graph is gone: run the forward again, or say "
                 "retain_graph=True the first time"
             )
+        if tokens is not None and self.owner.reducer.share != 1.0:
+            raise ValueError(
+                "join weighs ranks already: give it weigh=False, and tokens=0 where it is not active"
+            )
         scaled = loss * self._tally.weight(tokens, self.accumulate)
         if self.scaler is not None:
             scaled = self.scaler.scale(scaled)
