@@ -80,6 +80,9 @@ class UseHooks:
         self._complete = [False] * len(self._units)  # all gradients of this backward are taken
         self._open_ended = [False] * len(self._units)  # a use has begun its backward and will not say when
         self._retired = False
+        self._unannounced: dict[int, bool] = {}  # units read outside of their modules; is a backward to come?
+        for unit in self._units:
+            unit.bring = self._bring
         self._any_cut = any(not unit.keep_whole for unit in self._units)
         # By module, not by name: one module may have several names, and then a unit knows it by any of them.
         named = dict(owner.model.named_modules(remove_duplicate=False))
@@ -102,6 +105,7 @@ class UseHooks:
 
     def retire(self) -> None:
         """The units were cut anew: what is left of these hooks, in graphs built before, does nothing."""
+        self._let_unannounced_go()
         self._retired = True
 
     # -- forward -------------------------------------------------------------------------------------------
@@ -157,6 +161,28 @@ class UseHooks:
             when_all_have_gradients(entering, partial(self._after_backward, units))
         return True
 
+    def _bring(self, unit: FlatUnit) -> bool:
+        """A weight is read outside of its module (a fused loss that takes `lm_head.weight`, say).
+
+        Inside a forward or backward all ranks come to that line, so it is gathered, and stays until the
+        backward is over: nothing else says when the last use of it was.
+        """
+        if self._retired or (self._owner.depth == 0 and not in_backward()):
+            return False
+        index = self._index[id(unit)]
+        if index not in self._unannounced:
+            unit.pinned += 1
+        needed = torch.is_grad_enabled() or in_backward()
+        self._unannounced[index] = needed or self._unannounced.get(index, False)
+        self._owner.gatherer.acquire(unit)
+        return True
+
+    def _let_unannounced_go(self, *, of_backward: bool = True) -> None:
+        """Of what was read outside of its module: all, or what no backward will ask for."""
+        for index in [i for i, needed in self._unannounced.items() if of_backward or not needed]:
+            del self._unannounced[index]
+            self._units[index].pinned -= 1
+
     def leave_root(self, args: Any, kwargs: Any, output: Any) -> None:
         """The owner's hook after the root's forward, be it by an exception."""
         if self._of_root:
@@ -168,6 +194,7 @@ class UseHooks:
             outputs = [t for t in tensors_in(output) if t.requires_grad and t.grad_fn is not None]
             if outputs:
                 register_multi_grad_hook(outputs, self._root_backward, mode="any")
+        self._let_unannounced_go(of_backward=False)
         # What was fetched ahead for nobody, or held by a forward that raised, goes now.
         for index, unit in enumerate(self._units):
             self._active[index] = 0
@@ -217,6 +244,7 @@ class UseHooks:
 
     def end_of_backward(self) -> None:
         """Whatever is still whole (unused parameters, wrong guesses) goes."""
+        self._let_unannounced_go()
         for index, unit in enumerate(self._units):
             self._backward_users[index] = 0
             self._complete[index] = self._open_ended[index] = False

@@ -162,6 +162,10 @@ class ZeroOwner(FlatOwner):
     def gradients_taken(self, unit: FlatUnit) -> None:
         self.uses.gradients_taken(unit)
 
+    def publish(self, *, wait: bool = True, copied: frozenset[str] = frozenset()) -> None:
+        self.uses.end_of_backward()  # a graph that no backward went through holds old weights
+        super().publish(wait=wait, copied=copied)
+
     def publish_unit(self, unit: FlatUnit) -> None:
         """Whole copies are old now: gather those that stay, forget the others."""
         if not unit.keep_whole and not unit.pinned:

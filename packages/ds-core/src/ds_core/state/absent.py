@@ -39,7 +39,7 @@ def _about() -> Iterator[Any]:
 
 
 _ABOUT = frozenset(_about())
-_NAME = "_ds_name"
+_NAME, _BRING = "_ds_name", "_ds_bring"
 
 
 class AbsentParameterError(RuntimeError):
@@ -49,7 +49,8 @@ class AbsentParameterError(RuntimeError):
 class AbsentParameter(nn.Parameter):
     """What a parameter's class is while its unit is let go; it turns back when the unit arrives.
 
-    Shape, dtype, gradient and the like are the logical ones. Reading or writing values raises
+    Shape, dtype, gradient and the like are the logical ones. Reading or writing values brings the unit where
+    the owner can do that (inside a forward or backward, where all ranks come to the same line), else raises
     AbsentParameterError with the parameter's name and what to do.
     """
 
@@ -64,7 +65,10 @@ class AbsentParameter(nn.Parameter):
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise AbsentParameterError(_refusal(func, [*args, *(kwargs or {}).values()]))
+        values = [*args, *(kwargs or {}).values()]
+        if func.__name__ != "__set__" and all(getattr(param, _BRING)() for param in _absent_in(values)):
+            return func(*args, **(kwargs or {}))
+        raise AbsentParameterError(_refusal(func, values))
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         name = getattr(self, _NAME, "?")
@@ -74,9 +78,13 @@ class AbsentParameter(nn.Parameter):
         raise AbsentParameterError(_refusal(self.__reduce_ex__, [self]))
 
 
-def _refusal(func: Any, values: list[Any]) -> str:
+def _absent_in(values: list[Any]) -> list[AbsentParameter]:
     flat = [item for value in values for item in (value if isinstance(value, list | tuple) else [value])]
-    names = [getattr(item, _NAME, "?") for item in flat if isinstance(item, AbsentParameter)]
+    return [item for item in flat if isinstance(item, AbsentParameter)]
+
+
+def _refusal(func: Any, values: list[Any]) -> str:
+    names = [getattr(item, _NAME, "?") for item in _absent_in(values)]
     what = getattr(func, "__name__", str(func))
     if what in ("__get__", "__set__"):
         what = f"its attribute {getattr(getattr(func, '__self__', None), '__name__', '?')!r}"
@@ -87,10 +95,14 @@ def _refusal(func: Any, values: list[Any]) -> str:
     )
 
 
-def mark_absent(param: nn.Parameter, name: str) -> None:
-    """Turn a plain parameter; one of a class of its own keeps it, and shows NaN instead of raising."""
+def mark_absent(param: nn.Parameter, name: str, bring: Callable[[], bool]) -> None:
+    """Turn a plain parameter; one of a class of its own keeps it, and shows NaN instead of raising.
+
+    `bring` makes it whole, or says that it cannot now; it must not keep the parameter's unit alive.
+    """
     if type(param) is nn.Parameter:
         setattr(param, _NAME, name)
+        setattr(param, _BRING, bring)
         param.__class__ = AbsentParameter
 
 
@@ -104,3 +116,4 @@ def mark_present(param: nn.Parameter) -> None:
     if type(param) is AbsentParameter:
         param.__class__ = nn.Parameter  # type: ignore[assignment]
         delattr(param, _NAME)
+        delattr(param, _BRING)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,9 @@ class FlatUnit:
         self.gradient: Tensor | None = None
         self.edition = 0  # counts changes of `local`
         self.is_mean = False  # `gradient` is the mean over replicas too, not this one's share of it
+        self.bring: Callable[[FlatUnit], bool] = _stays_away  # for a use that no hook announced
+        me = ref(self)
+        self._bring = lambda: (unit := me()) is not None and unit.bring(unit)
         self.pinned = 0  # how many `gather` contexts want it whole
         self._gone = False
         self._versions: list[int] = []  # of `params`, when they last equalled the masters
@@ -206,7 +210,7 @@ class FlatUnit:
         written = None if self._gone else self.lost_write()
         self._shift_versions(gone=True)
         for slot, param in zip(self.layout.slots, self.params, strict=True):
-            mark_absent(param, slot.fqn)
+            mark_absent(param, slot.fqn, self._bring)
         self.whole.untyped_storage().resize_(0)
         self.state = Whole.ABSENT
         if written is not None:
@@ -302,3 +306,7 @@ def gather_shards(comm: Communicator, unit: FlatUnit, shard: Tensor) -> Tensor:
     flat = torch.empty(unit.layout.numel, dtype=shard.dtype, device=shard.device)
     comm.all_gather(flat, shard, about=unit.about).wait()
     return flat
+
+
+def _stays_away(unit: FlatUnit) -> bool:
+    return False
