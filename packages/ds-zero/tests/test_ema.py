@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -210,6 +212,18 @@ def test_an_average_rests_while_its_parameter_is_frozen(stage: int, rank: int, w
         with pytest.raises(RuntimeError, match="change the model's parameters inside"):
             CASES["mlp"].losses(model, full)
         del block._parameters["late"]
+
+
+@distributed(world_size=2)
+def test_dropping_it_ends_it(rank: int, world: int) -> None:
+    model, ema, optimizer = build(3)
+    gone = weakref.ref(ema)
+    with ema.applied():
+        pass
+    del ema
+    gc.collect()
+    assert gone() is None
+    step("odd", model, optimizer, 0, rank, world)
 
 
 @distributed(world_size=1)

@@ -356,8 +356,24 @@ def resume_one_step(folder: str, rank: int, world: int, stage: int) -> None:
     assert_close_norm(masters(resumed.model), masters(expected.model), 0.0)
 
 
+def loaded(folder: str, stage: int) -> dict[str, list[float]]:
+    engine = engine_of(stage)
+    CheckpointStore(folder).load(engine.parts(), 1)
+    found = {}
+    for name, p in engine.model.named_parameters():
+        for state in ("momentum_buffer", "exp_avg", "step"):
+            value = full_optimizer_state(engine.optimizer, p, state)
+            if value is not None:
+                found[f"{name}/{state}"] = value.flatten().tolist()
+    return found
+
+
 def test_joined_optimizers_resume_where_they_were(tmp_path: Path) -> None:
     run_ranks(save_two_steps, 2, folder=str(tmp_path))
+    states = run_ranks(loaded, 1, folder=str(tmp_path), stage=0)[0]
+    assert sum(name.endswith("momentum_buffer") for name in states) == 6
+    assert sum(name.endswith("exp_avg") for name in states) == 22 - 6
+    assert run_ranks(loaded, 3, folder=str(tmp_path), stage=1) == [states] * 3
     for stage in (2, 3):  # which sum micro batches in the same order
         run_ranks(resume_one_step, 2, folder=str(tmp_path), stage=stage)
 
