@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from ds_core import checkpoint_blocks
+from ds_core import ShardedOptimizer, checkpoint_blocks
 from ds_core.testing.distributed import distributed
 from ds_core.testing.models import CASES
 from ds_core.testing.parity import Twin, assert_close_norm
-from ds_zero import compile_blocks, full_grad, full_tensor, shard
+from ds_zero import Zero, compile_blocks, full_grad, full_tensor, shard
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -69,6 +69,30 @@ def compare(case: str, stage: int, rank: int, backend: str) -> None:
     assert counters["stats"]["unique_graphs"] == GRAPHS[case]  # letting parameters go invalidates no guard
     assert dict(counters["graph_break"]) == {}
     assert_close_norm(masters(model), twin.parameters(), 1e-5)
+
+
+@distributed(world_size=2)
+def test_prefetching_letting_go_and_evaluating_compile_nothing_twice(rank: int) -> None:
+    """Small units, none of them kept into the backward; one graph for training and one for evaluation."""
+    torch._dynamo.reset()
+    counters.clear()
+    model = CASES["mlp"].build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    owner = Zero(stage=3, bucket_numel=1, keep_numel=0).shard(model)
+    compiled = compile_blocks(model, backend="aot_eager")
+
+    sharded = ShardedOptimizer(optimizer, owner)
+    for epoch in range(3):
+        for step in range(2):
+            CASES["mlp"].losses(model, CASES["mlp"].rank_batch(2 * epoch + step, rank, 2))[0].backward()
+            sharded.step()
+            sharded.zero_grad()
+        with torch.no_grad():
+            CASES["mlp"].losses(model, CASES["mlp"].rank_batch(0, rank, 2))
+        assert counters["stats"]["unique_graphs"] == 2
+    assert dict(counters["graph_break"]) == {}
+    compiled.remove()
+    assert not any("forward" in vars(block) for block in model.modules())
 
 
 @distributed(world_size=2)

@@ -1,43 +1,14 @@
-"""Compiled blocks compile once however often parameters come and go, and blocks are chosen in four ways."""
+"""Blocks are chosen in four ways, and have their own forward back afterwards."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
-from torch._dynamo.utils import counters
 
-from ds_core import ShardedOptimizer
 from ds_core.state.forwards import ForwardSwap, choose_blocks
-from ds_core.testing.distributed import distributed
-from ds_core.testing.models import CASES
-from ds_zero import Zero, compile_blocks
-
-
-@distributed(world_size=2)
-def test_prefetching_letting_go_and_evaluating_compile_nothing_twice(rank: int) -> None:
-    """Small units, none of them kept into the backward; one graph for training and one for evaluation."""
-    torch._dynamo.reset()
-    counters.clear()
-    model = CASES["mlp"].build()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    owner = Zero(stage=3, bucket_numel=1, keep_numel=0).shard(model)
-    compiled = compile_blocks(model, backend="aot_eager")
-
-    sharded = ShardedOptimizer(optimizer, owner)
-    for epoch in range(3):
-        for step in range(2):
-            CASES["mlp"].losses(model, CASES["mlp"].rank_batch(2 * epoch + step, rank, 2))[0].backward()
-            sharded.step()
-            sharded.zero_grad()
-        with torch.no_grad():
-            CASES["mlp"].losses(model, CASES["mlp"].rank_batch(0, rank, 2))
-        assert counters["stats"]["unique_graphs"] == 2
-    assert dict(counters["graph_break"]) == {}
-    compiled.remove()
-    assert not any("forward" in vars(block) for block in model.modules())
+from ds_zero import compile_blocks
 
 
 def test_blocks_are_chosen_by_number_pattern_and_function() -> None:
@@ -67,3 +38,12 @@ def test_blocks_are_chosen_by_number_pattern_and_function() -> None:
         chosen(0)
     with pytest.raises(ValueError, match="repeats nothing"):
         choose_blocks(nn.Linear(2, 2))
+
+
+def test_compiling_chosen_blocks_can_be_taken_back() -> None:
+    """What compiling does, at every stage, is in integration-tests/parity/test_compile.py."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    compiled = compile_blocks(model, 2)
+    assert ["forward" in vars(block) for block in model] == [True, False]
+    compiled.remove()
+    assert not any("forward" in vars(block) for block in model)

