@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import runpy
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,6 +35,9 @@ def pages(repo: Repo) -> Iterator[tuple[str, str]]:
         name = project["name"]
         yield f"packages/{name}.md", adopt(repo, f"packages/{name}/README.md", f"packages/{name}.md")
         yield f"api/{name}.md", api_page(repo, package, name)
+    limits = repo.modules.get("ds_core.limits")
+    if limits is not None:
+        yield "limits.md", runpy.run_path(str(limits.path), run_name=limits.name)["page"]()
 
 
 def adopt(repo: Repo, source: str, uri: str) -> str:
@@ -91,6 +95,7 @@ def menu(repo: Repo) -> list[Any]:
         {"Packages": [{n: f"packages/{n}.md"} for n in names]},
         {"API": [{n: f"api/{n}.md"} for n in names]},
         {"Rooms": "rooms.md"},
+        {"Limits": "limits.md"},
         *sorted(loose),
         {"Guides": ["guides/index.md", *(f"guides/{n}" for n in guides)]},
         {"Glossary": "glossary.md"},

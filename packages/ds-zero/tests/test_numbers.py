@@ -90,7 +90,7 @@ def bytes_by_formula(engine: Engine, ranks: int, *, first: bool) -> dict[str, in
     """
     if ranks == 1:
         return {}
-    stage = engine.owner.config.stage if engine.owner.sharded else 0  # type: ignore[attr-defined]
+    stage = engine.owner.stage
     units = engine.owner.units
     scattered = sum(4 * unit.layout.numel // ranks * (ranks - 1) for unit in units)
     gathered = sum(4 * unit.layout.shard_numel * (ranks - 1) for unit in units)

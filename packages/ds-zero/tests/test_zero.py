@@ -436,3 +436,14 @@ def test_what_is_kept_for_the_backward_is_not_gathered_again(keep: int, gathers:
         CASES["mlp"].losses(model, CASES["mlp"].rank_batch(0, dist.get_rank(), 2))
     assert all(unit.state is Whole.ABSENT for unit in owner.units)
     assert_close_norm(whole_parameters(model), expected_after("mlp", 3), 1e-5)
+
+
+def test_what_does_not_go_with_a_stage_is_refused_when_joined() -> None:
+    for stage in (1, 2):
+        with pytest.raises(
+            ValueError, match=f"persist does not go with stage {stage}: its parameters are whole"
+        ):
+            Zero(stage=stage, persist_numel=100).shard(nn.Linear(3, 3))
+    model = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="gather codec does not go with stage 0"):
+        shard(model, sgd(model), stage=0, gather=CastCodec(torch.bfloat16))

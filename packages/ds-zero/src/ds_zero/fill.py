@@ -109,7 +109,8 @@ def materialize_unit(
         if not mine:
             continue
         view = flat[slot.start : slot.end].view(slot.shape)
-        fresh[id(param)] = nn.Parameter(view, requires_grad=param.requires_grad)
+        # `.data`: a write to the buffer or to one of them must not count as a write to the others.
+        fresh[id(param)] = nn.Parameter(view.data, requires_grad=param.requires_grad)
         keep_attributes(param, fresh[id(param)])
         recipe = recipe_of(param)
         chosen = initializer is None or shared_source(param) is not None

@@ -76,7 +76,8 @@ class ZeroOwner(FlatOwner):
         gather: Codec | None = None,
         reduce: Codec | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.stage = config, config.stage
+        self.extra_features = frozenset({"persist"} if config.persist_numel else ())
         refuse_unfillable(model, config.initializer)
         mesh = mesh or Topology().build()
         _refuse_no_nodes(mesh, config)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ds_core.ground.mesh import Mesh
 from ds_core.ground.settings import Setting
+from ds_core.limits import refuse
 from ds_core.protocols import Codec, Store
 from ds_core.setup.config import Config
 from ds_core.state.hooks import dtype_of
@@ -142,6 +143,7 @@ def shard(
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     owner: FlatOwner
     if stage == 0:
+        refuse(0, {"gather codec"} if gather is not None else ())
         refuse_meta(model)
         owner = ReplicatedOwner(model, mesh, dtype=dtype, store=store, reduce=reduce)
     else:

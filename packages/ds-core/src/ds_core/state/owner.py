@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ds_core.ground.accelerator import keep_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.ground.wire import Codec
+from ds_core.limits import refuse
 from ds_core.state.factory import UnitFactory, flatten
 from ds_core.state.groups import Across, DataGroups
 from ds_core.state.hooks import OwnerHooks, dtype_of, in_backward, outside_of_graphs
@@ -48,7 +49,11 @@ class FlatOwner(SavedUnits):
     `sharded`: each rank keeps 1/world of masters, gradients and optimizer state along the data axis.
     Subclasses say what stays whole (`keep_whole`, `whole_grads`) and how stale copies are refreshed.
     Collective: construction broadcasts rank 0's parameters and buffers, so ranks need no common seed.
+    Raises ValueError for what `ds_core.limits` says does not go together.
     """
+
+    stage = 0
+    extra_features: frozenset[str] = frozenset()  # of ds_core.limits, beyond what every owner sees by itself
 
     def __init__(
         self,
@@ -69,6 +74,8 @@ class FlatOwner(SavedUnits):
         self.precision = precision
         self.store: Store = store or DeviceStore()
         settings = _Options(**options)
+        self.features = self.extra_features | _features(model, precision, settings, self.device)
+        refuse(self.stage, self.features)
         self.options, self.given = settings, frozenset(options)  # for `explain`
         self.cut = settings.cut
         self._groups = groups = DataGroups(self.mesh, across=settings.across if sharded else "all")
@@ -277,6 +284,23 @@ class ReplicatedOwner(FlatOwner):
     ) -> None:
         precision = Precision(param=dtype_of(dtype))
         super().__init__(model, mesh, sharded=False, whole_grads=True, precision=precision, **options)
+
+
+def _features(model: nn.Module, precision: Precision, options: _Options, device: torch.device) -> set[str]:
+    """What is joined here, in the words of ds_core.limits."""
+    params = list(model.named_parameters(remove_duplicate=False))
+    dtypes = {precision.param or p.dtype for _, p in params if p.is_floating_point()}
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    found = {names[dtype] for dtype in dtypes if dtype in names and len(dtypes) == 1}
+    there = {
+        "tied": len({id(p) for _, p in params}) < len(params),
+        "frozen": not all(p.requires_grad for _, p in params),
+        "meta": device.type != "meta" and any(p.is_meta for _, p in params),
+        "whole cut": options.cut != "flat",
+        "reduce codec": options.reduce is not None,
+        "gather codec": options.lossy_gather,
+    }
+    return found | {name for name, is_there in there.items() if is_there}
 
 
 def _refuse_owned(model: nn.Module) -> None:

@@ -164,8 +164,7 @@ def is_oom(error: BaseException) -> bool:
 def oom_note(owner: FlatOwner, optimizer: ShardedOptimizer, accumulate: int, *, asked: int = 0) -> str:
     """Bytes of the live storages by part, and the three cheapest changes."""
     memory = live_memory(owner, optimizer)
-    config = getattr(owner, "config", None)
-    stage = int(getattr(config, "stage", 0))
+    stage = owner.stage
     low = owner.precision.param is not None and owner.precision.param.itemsize < 4
     changes = advice(
         memory, ranks=owner.comm.world, stage=stage, accumulate=accumulate, low=low, missing=asked
