@@ -79,3 +79,30 @@ def test_experts_inside_a_block_are_not_cut_out() -> None:
 def test_bucket_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1 element, got 0"):
         plan_units(nn.Linear(1, 1), bucket_numel=0)
+
+
+class Routed(nn.Module):
+    """Experts in a container of their own, of which a forward runs some."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.inp = nn.Linear(4, 4)
+        self.inner.add_module(name, nn.ModuleList(nn.Linear(4, 4) for _ in range(3)))
+
+
+def test_experts_are_one_unit_of_the_module_that_routes() -> None:
+    plans = plan_units(Routed("experts"), bucket_numel=1)
+    assert [(plan.key, plan.users) for plan in plans] == [
+        ("inner.inp.weight", ("inner.inp",)),
+        ("inner.experts.0.weight", ("inner",)),
+    ]
+
+
+def test_leaves_are_never_split() -> None:
+    assert len(plan_units(Routed("ways"), bucket_numel=1)) == 4
+    plans = plan_units(Routed("ways"), bucket_numel=1, leaves=["*.ways"])
+    assert [plan.users for plan in plans] == [("inner.inp",), ("inner",)]
+    assert [plan.users for plan in plan_units(Routed("ways"), bucket_numel=1, leaves=["inner"])] == [
+        ("inner",)
+    ]

@@ -48,6 +48,7 @@ class Settings(Protocol):
     overlap: bool
     keep_fp32: tuple[str, ...]
     secondary_shard: bool
+    leaves: tuple[str, ...]
     initializer: Initializer | None
 
     @property
@@ -102,6 +103,7 @@ class ZeroOwner(FlatOwner):
             overlap=config.overlap,
             keep_whole=keep_whole,
             lossy_gather=gather is not None,
+            leaves=config.leaves,
             across="all" if config.secondary_shard else "shard",
         )
 
@@ -222,5 +224,7 @@ def _refuse_too_large(model: nn.Module, mesh: Mesh, config: Settings) -> None:
         stage=config.stage,
         available=accelerator.free_bytes() / sharing,
         recipe=Recipe(str(dtype).removeprefix("torch."), str(grad_dtype).removeprefix("torch.")),
-        largest_unit=max(plan.numel for plan in plan_units(model, bucket_numel=config.bucket_numel)),
+        largest_unit=max(
+            plan.numel for plan in plan_units(model, bucket_numel=config.bucket_numel, leaves=config.leaves)
+        ),
     )

@@ -63,6 +63,11 @@ class Zero(Config):
     persist_numel: int = Field(
         default=0, ge=0, description="stage 3: units below this many elements stay whole"
     )
+    leaves: tuple[str, ...] = Field(
+        default=(),
+        description="patterns of module names that are never split into several units, for modules of "
+        "which ranks run different parts",
+    )
     secondary_shard: bool = Field(
         default=False,
         description="stage 3 on a mesh with dp_replicate > 1: cut over all data ranks, and keep what the "
@@ -101,7 +106,7 @@ class Zero(Config):
                 and self.stage != 3
             ):
                 idle = f"not at stage {self.stage}: "
-            elif value in (None, 0, False):
+            elif value in (None, 0, False, ()):
                 idle = "off: "
             shown = value if isinstance(value, int | str | None) else getattr(value, "__name__", repr(value))
             acts = f"{idle}{field.description}"

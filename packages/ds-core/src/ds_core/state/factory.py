@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ds_core.state.layout import Cut
 from ds_core.state.precision import Precision
 from ds_core.state.unit import FlatUnit
-from ds_core.state.units import Kind, UnitPlan, plan_units
+from ds_core.state.units import Kind, Split, UnitPlan, plan_units
 
 
 class UnitFactory:
@@ -24,12 +24,12 @@ class UnitFactory:
         world: int,
         device: torch.device,
         cut: Cut | frozenset[str],
-        bucket_numel: int,
+        split: Split,
         keep_whole: Callable[[UnitPlan], bool],
         lossy_gather: bool,
     ) -> None:
         self._precision, self._rank, self._world = precision, rank, world
-        self._device, self._cut, self._bucket_numel = device, cut, bucket_numel
+        self._device, self._cut, self._split = device, cut, split
         self._keep_whole, self._lossy_gather = keep_whole, lossy_gather
 
     def plan(self, model: nn.Module, lingering: Container[int] = ()) -> tuple[UnitPlan, ...]:
@@ -41,7 +41,8 @@ class UnitFactory:
         def kind_of(fqn: str, param: nn.Parameter) -> Kind:
             return self._precision.of_param(fqn, param), param.requires_grad or id(param) in lingering
 
-        return plan_units(model, bucket_numel=self._bucket_numel, kind_of=kind_of)
+        split = self._split
+        return plan_units(model, bucket_numel=split.bucket_numel, kind_of=kind_of, leaves=split.leaves)
 
     def make(self, plan: UnitPlan, *, whole: bool = False) -> FlatUnit:
         """A unit without memory yet. `whole`: its parameters stay whole, whatever the settings say."""

@@ -26,7 +26,7 @@ from ds_core.state.saved import SavedUnits
 from ds_core.state.shard import ChangeGate
 from ds_core.state.store import DeviceStore, Store
 from ds_core.state.unit import FlatUnit, Whole
-from ds_core.state.units import UnitPlan
+from ds_core.state.units import Split, UnitPlan
 
 # parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter.
 # Weak on both sides: an owner holds its parameters, and the model's hooks hold the owner.
@@ -88,7 +88,7 @@ class FlatOwner(SavedUnits):
             world=self.comm.world if sharded else 1,
             device=self.device,
             cut=settings.cut,
-            bucket_numel=settings.bucket_numel,
+            split=Split(settings.bucket_numel, tuple(settings.leaves)),
             keep_whole=settings.keep_whole,
             lossy_gather=settings.lossy_gather,
         )
@@ -265,8 +265,9 @@ class _Options:
         keep_whole: Callable[[UnitPlan], bool] = lambda plan: True,
         lossy_gather: bool = False,
         across: Across = "shard",
+        leaves: Sequence[str] = (),
     ) -> None:
-        self.across = across
+        self.across, self.leaves = across, leaves
         self.cut, self.bucket_numel, self.reduce = cut, bucket_numel, reduce
         self.overlap, self.keep_whole, self.lossy_gather = overlap, keep_whole, lossy_gather
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 
 import torch
 from torch import nn
@@ -33,6 +34,14 @@ class UnitPlan:
         return sum(param.numel() for _, param in self.params)
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How finely a model is cut into units; see `plan_units`."""
+
+    bucket_numel: int
+    leaves: tuple[str, ...] = ()
+
+
 @dataclass(slots=True)
 class _Atom:
     """A module that is never split, with the parameters that it is the first to hold."""
@@ -41,6 +50,7 @@ class _Atom:
     module: nn.Module
     deep: bool  # covers its whole subtree but for what is apart, or its direct parameters only
     apart: bool = False  # never put together with a neighbour
+    user: str | None = None  # whose forward needs it, where that is not this module's own
     owned: list[tuple[str, nn.Parameter]] = field(default_factory=list)
     shared: set[int] = field(default_factory=set)
 
@@ -57,6 +67,7 @@ def plan_units(
     *,
     bucket_numel: int = 1_000_000,
     kind_of: Callable[[str, nn.Parameter], Kind] = _as_it_is,
+    leaves: Sequence[str] = (),
 ) -> tuple[UnitPlan, ...]:
     """Cut a model into units, in definition order.
 
@@ -66,10 +77,13 @@ def plan_units(
     container is below it. Everything else is cut down to its leaves. Neighbours smaller than `bucket_numel`
     elements are put together until they reach it. A module whose class says `own_unit = True` (a tile of a
     layer that is larger than memory) is a unit by itself, wherever it is.
+
+    Modules whose full name matches a pattern of `leaves` are never split, and no container is whose name
+    has "expert" in it: ranks that route to different children still need the same units.
     """
     if bucket_numel < 1:
         raise ValueError(f"bucket_numel must be at least 1 element, got {bucket_numel}")
-    atoms = list(_atoms("", model))
+    atoms = list(_atoms("", model, "", leaves))
     _assign(atoms)
     made: list[tuple[Kind, list[tuple[str, nn.Parameter]], list[str]]] = []
     room: dict[Kind, int] = {}  # the unit of each kind that may still take a neighbour
@@ -79,7 +93,9 @@ def plan_units(
             split.setdefault(kind_of(name, param), []).append((name, param))
         for kind, params in split.items():
             users = [
-                other.name for other in atoms if other is atom or other.shared & {id(p) for _, p in params}
+                other.name if other.user is None else other.user
+                for other in atoms
+                if other is atom or other.shared & {id(p) for _, p in params}
             ]
             _, there, of = made[room[kind]] if kind in room else (kind, [], [])
             if not there or atom.apart or sum(p.numel() for _, p in there) >= bucket_numel:
@@ -92,8 +108,13 @@ def plan_units(
     return tuple(UnitPlan(params[0][0], tuple(params), tuple(users), *kind) for kind, params, users in made)
 
 
-def _atoms(name: str, module: nn.Module) -> Iterator[_Atom]:
+def _atoms(name: str, module: nn.Module, caller: str, leaves: Sequence[str]) -> Iterator[_Atom]:
+    """`caller`: the nearest module around this one that has a forward."""
     if not any(True for _ in module.parameters()):
+        return
+    called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    if any(fnmatch(name, pattern) for pattern in leaves) or (_is_repeating(module) and _is_routed(name)):
+        yield _Atom(name, module, deep=True, user=name if called else caller)
         return
     children = [(f"{name}.{child}" if name else child, sub) for child, sub in module.named_children()]
     direct = any(param is not None for param in module._parameters.values())
@@ -110,7 +131,11 @@ def _atoms(name: str, module: nn.Module) -> Iterator[_Atom]:
     if direct:
         yield _Atom(name, module, deep=False)
     for child_name, child in children:
-        yield from _atoms(child_name, child)
+        yield from _atoms(child_name, child, name if called else caller, leaves)
+
+
+def _is_routed(name: str) -> bool:
+    return "expert" in name.rpartition(".")[2].lower()
 
 
 def _whole(name: str, module: nn.Module) -> Iterator[_Atom]:
