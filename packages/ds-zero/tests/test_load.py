@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ds_core.ground.mesh import Topology
 from ds_core.state.checkpoint_index import DamagedCheckpoint
 from ds_core.testing.distributed import distributed, run_ranks
 from ds_zero import Zero, full_tensor, load_pretrained, materialize, shard
@@ -101,6 +102,25 @@ def test_a_part_that_is_added_later_is_loaded_too(tmp_path: Path, stage: int) ->
     assert torch.equal(full_tensor(model[3].weight), torch.full((3, 3), 0.5))
     optimizer.step()
     assert not torch.equal(full_tensor(model[2].bias), wanted["bias"])
+
+
+@pytest.mark.parametrize("secondary_shard", [False, True])
+@distributed(4)
+def test_shards_inside_nodes(tmp_path: Path, secondary_shard: bool) -> None:
+    mesh = Topology(dp_replicate=2, dp_shard=2).build()
+    directory, other = write(tmp_path / "weights", stored()), write(tmp_path / "other", stored(seed=1))
+    model = build("materialize")
+    load_pretrained(model, directory)
+    Zero(stage=3, bucket_numel=50, secondary_shard=secondary_shard).shard(model, mesh)
+    for seed in (0, 1):
+        if seed:
+            load_pretrained(model, other)
+        wanted = stored(seed=seed)
+        for name, param in model.named_parameters():
+            assert torch.equal(full_tensor(param), wanted[name]), name
+            assert torch.equal(full_tensor(param), wanted[name]), (
+                name
+            )  # from the second shard, if there is one
 
 
 @distributed(1)
