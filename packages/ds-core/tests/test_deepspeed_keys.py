@@ -88,6 +88,7 @@ WORKS: dict[str, tuple[Any, dict[str, Any], str, Any]] = {
     "torch_autocast.dtype": ("float16", {"torch_autocast.enabled": True}, "loss_scale.window", 1000),
     "data_types.grad_accum_dtype": ("bf16", STAGE3, "zero.grad_dtype", "bfloat16"),
     "data_types.param_dtype": ("fp32", {}, "dtype", "float32"),
+    "data_types.keep_in_fp32_modules": (["norm", "wo"], STAGE3, "zero.keep_fp32", ("*.norm", "*.wo")),
     "zero_optimization.stage": (2, {}, "stage", 2),
     "zero_optimization.reduce_bucket_size": (5e5, {}, "zero.bucket_numel", 500_000),
     "zero_optimization.allgather_bucket_size": (

@@ -99,6 +99,7 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
         ("blocks.1.norm", ["blocks.1.norm.weight", "blocks.1.norm.bias"]),
         ("head", ["head.weight", "head.bias"]),
         ("*.bias", [f"blocks.{i}.{m}.bias" for i in range(2) for m in ("norm", "up")] + ["head.bias"]),
+        ("*.head", ["head.weight", "head.bias"]),
         ("hea", []),
     ],
 )

@@ -197,3 +197,19 @@ def test_an_optimizer_that_needs_whole_matrices_gets_them() -> None:
     engine, *_ = ds_core.initialize(model=model, optimizer=optimizer, config=file)
     assert engine.owner.cut == "whole"
     train(engine, 1)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@distributed(world_size=2)
+def test_modules_that_a_file_names_stay_fp32(stage: int) -> None:
+    config = {
+        "train_batch_size": 2,
+        "bf16": {"enabled": True},
+        "data_types": {"keep_in_fp32_modules": ["1.0", "3"]},
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.001}},
+    }
+    model = tiny()
+    ds_core.initialize(model=model, config=config)
+    kept = {name for name, param in model.named_parameters() if param.dtype == torch.float32}
+    assert kept == {"1.0.weight", "1.0.bias", "3.weight", "3.bias"}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_core import CheckpointStore, ShardedOptimizer
+from ds_core.ground.mesh import Mesh, Topology
 from ds_core.state.owner import FlatOwner, ReplicatedOwner, owner_of
 from ds_core.testing.distributed import distributed, run_ranks
 from ds_core.testing.parity import assert_close_norm
@@ -74,10 +75,12 @@ class Pair:
         *,
         frozen: str | None = None,
         given: Any = None,
+        mesh: Mesh | None = None,
         **settings: Any,
     ) -> None:
         torch.manual_seed(0)
         self.rank, self.count = rank, 0
+        self.ranks = mesh.world if mesh is not None else RANKS
         self.model = Net()
         for name, param in self.model.named_parameters():
             param.requires_grad_(frozen is None or frozen not in name)
@@ -89,7 +92,7 @@ class Pair:
             owner = ReplicatedOwner(self.model, bucket_numel=40)
         else:
             options = {"stage": stage, "bucket_numel": 40, "keep_numel": 60, **settings}
-            owner = Zero.model_validate(options).shard(self.model)
+            owner = Zero.model_validate(options).shard(self.model, mesh)
         self.owner = owner
         self.sharded = ShardedOptimizer(self.optimizer, owner)
 
@@ -103,8 +106,8 @@ class Pair:
 
     def backward(self) -> None:
         self.model(self.ids(self.rank)).backward()
-        for rank in range(RANKS):
-            (self.twin(self.ids(rank)) / RANKS).backward()
+        for rank in range(self.ranks):
+            (self.twin(self.ids(rank)) / self.ranks).backward()
         self.count += 1
 
     def step(self) -> None:
@@ -297,6 +300,10 @@ def test_a_gradient_that_no_hook_saw_is_averaged_like_the_others(rank: int, stag
     pair.model.blocks[2](data[rank]).square().sum().backward()
     for share in data:
         (pair.twin.blocks[2](share).square().sum() / RANKS).backward()
+    grad, expected = full_grad(pair.model.blocks[2][0].weight), pair.twin.blocks[2][0].weight.grad
+    assert grad is not None
+    assert expected is not None
+    assert torch.equal(grad, expected)
     norm = clip_grad_norm_(pair.optimizer, 0.5)
     wanted = torch.nn.utils.clip_grad_norm_(pair.twin.parameters(), 0.5)
     torch.testing.assert_close(norm, wanted)
@@ -342,6 +349,26 @@ def test_states_of_other_shapes_move_with_their_parameter(rank: int, stage: int)
     pair.train(3)
     pair.both(lambda model: model.blocks[1].requires_grad_(True))
     pair.train(2)
+
+
+@pytest.mark.parametrize("secondary", [False, True])
+@distributed(4)
+def test_with_replicas_of_the_shards(rank: int, secondary: bool) -> None:
+    """HSDP, and hpZ: sums run in another order than the twin's."""
+    mesh = Topology(dp_replicate=2, dp_shard=2).build()
+    pair = Pair(rank, 3, sgd, mesh=mesh, secondary_shard=secondary)
+    pair.backward()
+    pair.both(lambda model: setattr(model, "extra", linear(0.1)))
+    pair.both(lambda model: model.blocks[1].requires_grad_(False))
+    for model, optimizer in ((pair.model, pair.optimizer), (pair.twin, pair.reference)):
+        optimizer.add_param_group({"params": model.extra.parameters()})
+    for _ in range(3):
+        pair.backward()
+        pair.step()
+    pair.both(lambda model: model.blocks[1].requires_grad_(True))
+    pair.backward()
+    pair.step()
+    pair.compare(SUMS)
 
 
 class Turns(nn.Module):
@@ -427,6 +454,25 @@ def test_changes_in_the_middle_are_refused(rank: int) -> None:
     fresh.optimizer.param_groups.clear()
     with pytest.raises(ValueError, match="groups of a sharded optimizer are added, not removed"):
         fresh.model(fresh.ids(rank))
+
+
+@distributed(RANKS)
+def test_changes_inside_gather_are_taken_in_when_the_outermost_block_ends(rank: int) -> None:
+    pair = Pair(rank, 3, sgd)
+    pair.train(1)
+    model = pair.model
+    with gather(model, write=0):
+        with torch.no_grad():
+            model.head.weight.mul_(2)
+        with gather(model.blocks[0]):
+            model.blocks[0][0].weight.data = torch.full((6, 6), 0.25)
+        with pytest.raises(RuntimeError, match="leave the block"):
+            model(pair.ids(rank))
+        assert bool((model.blocks[0][0].weight == 0.25).all())
+    with torch.no_grad():
+        pair.twin.head.weight.mul_(2)
+        pair.twin.blocks[0][0].weight.fill_(0.25)
+    pair.train(2)
 
 
 def saved_after_a_change(rank: int, stage: int, folder: str) -> None:

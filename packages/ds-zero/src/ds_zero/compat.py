@@ -155,8 +155,8 @@ def safe_get_local_fp32_param(param: Tensor) -> Tensor | None:
 def safe_get_local_grad(param: Tensor) -> Tensor | None:
     """This rank's part of the reduced gradient, flat and live; None where there is none. Collective."""
     owner = owner_of(param)
-    unit, index = owner.place(param)
     owner.drain()
+    unit, index = owner.place(param)
     if unit.gradient is None or not unit.has_grad[index]:
         return None
     return _local(unit, index, unit.gradient)

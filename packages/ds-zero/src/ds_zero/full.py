@@ -42,8 +42,8 @@ def full_grad(param: Tensor) -> Tensor | None:
     been reduced is reduced now: call it after the last micro batch. Collective at every stage.
     """
     owner = owner_of(param)
+    owner.drain()  # which may cut units anew
     unit, index = owner.place(param)
-    owner.drain()
     if unit.gradient is None or not unit.has_grad[index]:
         return None
     return _whole(owner, param, unit.gradient)
@@ -55,9 +55,9 @@ def set_full_grad(param: Tensor, value: Tensor) -> None:
     Collective. Raises ValueError on another shape, and when no rank has a gradient to replace.
     """
     owner = owner_of(param)
+    owner.drain()
     unit, index = owner.place(param)
     slot = unit.layout.slots[index]
-    owner.drain()
     if unit.gradient is None or not unit.has_grad[index]:
         raise ValueError(f"{slot.fqn} has no gradient to replace: run a backward first")
     _write_part(unit, index, unit.gradient, value)
@@ -151,7 +151,7 @@ def gather(params: Tensor | nn.Module | Iterable[Tensor], *, write: int | None =
                 if (fqn := unit.lost_write()) is not None:
                     raise LostWriteError(fqn)
     for owner in places:
-        if not any(unit.pinned and not unit.rewritten() for unit in owner.units):  # the outermost block
+        if not any(unit.pinned for unit in owner.units):  # the outermost block
             owner.replanner.before_drain()
 
 

@@ -197,7 +197,7 @@ def _owner(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh) -> Fl
         sharded: FlatOwner = plugins.resolve("owner", spec).shard(model, mesh)
         return sharded
     dtype = None if plan.dtype == "float32" else getattr(torch, plan.dtype)
-    chosen = {"bucket_numel": plan.zero.bucket_numel, "overlap": plan.zero.overlap}
+    chosen = {name: getattr(plan.zero, name) for name in ("bucket_numel", "overlap", "keep_fp32")}
     options = {name: value for name, value in chosen.items() if value is not None}
     return ReplicatedOwner(model, mesh, dtype=dtype, **options)
 

@@ -152,6 +152,7 @@ def _zero(found: Findings, stage: int) -> Zero:
     keep = min(found.get(key("stage3_max_reuse_distance")), live)
     return Zero(
         grad_dtype=found.get("data_types.grad_accum_dtype"),
+        keep_fp32=tuple(f"*.{name}" for name in found.get("data_types.keep_in_fp32_modules")) or None,
         bucket_numel=bucket if bucket < _BUCKET_NUMEL else None,
         prefetch_numel=prefetch if stage == 3 else None,
         keep_numel=keep if stage == 3 else None,

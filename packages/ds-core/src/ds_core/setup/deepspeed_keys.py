@@ -125,8 +125,8 @@ _PRECISION = (
     _works("data_types.grad_accum_dtype", or_null(as_dtype), None, "dtype gradients are kept in", "default"),
     _works("data_types.param_dtype", or_null(as_dtype), None, "must be the compute dtype", "default"),
     _always("data_types.buffer_dtype", (None,), "buffers are never cast"),
-    _moot("data_types.keep_in_fp32_modules", lambda value: value if value == "auto" else as_names(value),
-          "auto", "buffers are never cast"),
+    _works("data_types.keep_in_fp32_modules", as_names, [], "Zero(keep_fp32): modules and parameters of these"
+           " names, anywhere in the model", "default"),
 )  # fmt: skip
 
 _ZERO = (

@@ -48,6 +48,7 @@ class Zero(Config):
     """The fields of ds_zero's Zero that a file speaks of; None leaves the package's own default."""
 
     grad_dtype: Dtype | None = None
+    keep_fp32: tuple[str, ...] | None = None
     bucket_numel: int | None = None
     prefetch_numel: int | None = None
     keep_numel: int | None = None

@@ -281,9 +281,10 @@ class ReplicatedOwner(FlatOwner):
         mesh: Mesh | None = None,
         *,
         dtype: torch.dtype | str | None = None,
+        keep_fp32: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        precision = Precision(param=dtype_of(dtype))
+        precision = Precision(param=dtype_of(dtype), keep_fp32=tuple(keep_fp32))
         super().__init__(model, mesh, sharded=False, whole_grads=True, precision=precision, **options)
 
 

@@ -50,5 +50,6 @@ class Precision:
 
 
 def _matches(fqn: str, pattern: str) -> bool:
-    """Does the pattern match the name of the parameter or of a module around it?"""
-    return any(fnmatchcase(fqn[:end], pattern) for end in [*(at.start() for at in _DOT.finditer(fqn)), None])
+    """Does it match the name of the parameter or of a module around it? "*.norm" also one at the top."""
+    names = [fqn[:end] for end in [*(at.start() for at in _DOT.finditer(fqn)), None]]
+    return any(fnmatchcase(name, pattern) or fnmatchcase(f".{name}", pattern) for name in names)

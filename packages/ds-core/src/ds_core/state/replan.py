@@ -151,6 +151,11 @@ class Replanner:
             raise RuntimeError(
                 "the model's parameters changed while it was running; change them between two steps"
             )
+        if any(unit.pinned for unit in owner.units):
+            raise RuntimeError(
+                "the model's parameters changed inside `with ds_zero.gather(...):`; leave the block, which "
+                "takes the changes in, before the model runs or is saved"
+            )
         owner.reducer.announce()
         stray = self._compare()
         owner.reducer.drain()
@@ -255,6 +260,7 @@ class Replanner:
             for index, new in moves.items():
                 if unit.has_grad[index]:
                     put_grad(new, of(index, values))
+                    new.unit.is_mean = unit.is_mean
         for follower in self._following():
             for name, shard in follower.shards_of(unit):
                 values = gather_shards(comm, unit, shard)
@@ -313,7 +319,7 @@ class Replanner:
                 [name, f"{list(param.shape)} {param.dtype} requires_grad={param.requires_grad} {origin}"]
             )
         for number, follower in enumerate(self._following()):
-            seen.append([f"optimizer {number}", json.dumps(follower.describe())])
+            seen.append([f"what follows it, {number}", json.dumps(follower.describe())])
         return seen
 
     def _name_difference(self, seen: list[list[Json]]) -> NoReturn:

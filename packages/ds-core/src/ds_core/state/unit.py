@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from weakref import ref
 
 import torch
@@ -170,7 +171,7 @@ class FlatUnit:
             self._store.drop(f"{self.key}/master")
         self.drop_grad()
         self.state = Whole.ABSENT
-        self.params = []
+        self.params, self.layout = [], replace(self.layout, slots=())
         self.local = self.whole = self._poison
 
     # -- the whole copy ------------------------------------------------------------------------------------
