@@ -304,6 +304,14 @@ def fail(*_: Any) -> None:
 
 
 @distributed(world_size=2)
+def test_an_engine_refuses_to_step_with_one_of_two(rank: int) -> None:
+    model = CASE.build()
+    first, _second = one_by_one(model, 3)
+    with pytest.raises(ValueError, match=r"AdamW steps on inp\.weight.*JointOptimizer"):
+        Engine(model, attached(first).owner, attached(first))
+
+
+@distributed(world_size=2)
 def test_joined_they_publish_once(rank: int) -> None:
     model = CASE.build()
     model, joint = shard(model, both(model), stage=1)

@@ -22,7 +22,7 @@ from ds_core.train.clip import scale_grads_, square_and_sums
 from ds_core.train.explain import explain_engine
 from ds_core.train.memory import explaining_oom
 from ds_core.train.nonfinite import NonFiniteError, explain_nonfinite
-from ds_core.train.optim import ShardedOptimizer
+from ds_core.train.optim import ShardedOptimizer, optimizers_of
 from ds_core.train.scale import LossScaler
 from ds_core.train.schedule import saveable
 from ds_core.train.tally import TOKENS_PER_UNIT, Tally
@@ -102,6 +102,7 @@ class Engine:
                 "the optimizer steps on the parameters of another model: build it from this model's, and "
                 "ShardedOptimizer(optimizer, owner) with the owner that the engine is given"
             )
+        _refuse_others(optimizer)
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm must be above 0, or None for no clipping, got {max_norm}")
         self.model, self.owner, self.optimizer = model, owner, optimizer
@@ -332,3 +333,15 @@ class Engine:
         self.global_steps = int(values["global_steps"])
         self.skipped_steps = int(values["skipped_steps"])
         self._tally.unit = float(values.get("tokens_per_unit", TOKENS_PER_UNIT))
+
+
+def _refuse_others(optimizer: ShardedOptimizer) -> None:
+    """Raises ValueError for parameters that only another optimizer steps on: the engine never would."""
+    for other in optimizers_of(optimizer.owner):
+        for unit, indices in other.slots.items():
+            strange = [index for index in indices if index not in optimizer.slots.get(unit, ())]
+            if strange:
+                raise ValueError(
+                    f"{type(other.optimizer).__name__} steps on {unit.layout.slots[strange[0]].fqn}, and an "
+                    "engine steps with one optimizer: join them with JointOptimizer([...]) before sharding"
+                )
