@@ -363,3 +363,26 @@ def test_schedulers_by_name() -> None:
         made = plan({"scheduler.type": name, "scheduler.params": params}).scheduler
         assert made is not None
         assert made.type == name
+
+
+def test_shards_inside_nodes() -> None:
+    def plan(**zero: object) -> Plan:
+        config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **zero}}
+        return translate(config, world=8)
+
+    assert plan().node_ranks is None
+    assert plan(mics_shard_size=4).node_ranks == 4
+    assert plan(mics_shard_size=8).node_ranks is None
+    second = plan(zero_hpz_partition_size=2)
+    assert (second.node_ranks, second.owner_spec()["secondary_shard"]) == (2, True)
+    named = plan(leaf_module={"names": ["moe"], "name_suffixes": [".experts"]})
+    assert named.owner_spec()["leaves"] == ("moe", "*.experts")
+    for zero, match in (
+        ({"mics_shard_size": 3}, "given 3; allowed: a divisor of the 8 ranks"),
+        ({"mics_shard_size": 0}, "given 0; allowed: a divisor"),
+        ({"zero_hpz_partition_size": 8}, "divisor of the 8 ranks that is smaller"),
+        ({"zero_hpz_partition_size": 2, "stage": 2}, "given 2, which has no effect at stage 2"),
+        ({"zero_hpz_partition_size": 2, "mics_shard_size": 2}, "keep one of them"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            plan(**zero)

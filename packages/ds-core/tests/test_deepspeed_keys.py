@@ -102,6 +102,10 @@ WORKS: dict[str, tuple[Any, dict[str, Any], str, Any]] = {
     "zero_optimization.stage3_param_persistence_threshold": (7, STAGE3, "zero.persist_numel", 7),
     "zero_optimization.stage3_max_reuse_distance": (9, STAGE3, "zero.keep_numel", 9),
     "zero_optimization.stage3_max_live_parameters": (1e5, STAGE3, "zero.prefetch_numel", 100_000),
+    "zero_optimization.zero_hpz_partition_size": (2, STAGE3, "zero.secondary_shard", True),
+    "zero_optimization.mics_shard_size": (2, STAGE3, "node_ranks", 2),
+    "zero_optimization.leaf_module.names": (["moe"], STAGE3, "zero.leaves", ("moe",)),
+    "zero_optimization.leaf_module.name_suffixes": (["moe"], STAGE3, "zero.leaves", ("*moe",)),
     "csv_monitor.enabled": (True, {}, "reporting.sinks.0.type", "csv"),
     "csv_monitor.output_path": (
         "out",
@@ -137,6 +141,7 @@ WORKS: dict[str, tuple[Any, dict[str, Any], str, Any]] = {
     "checkpoint.tag_validation": ("FAIL", {}, "tag_validation", "Fail"),
 }  # fmt: skip
 
+OF_NODES = {"zero_optimization.zero_hpz_partition_size", "zero_optimization.mics_shard_size"}
 CONSTRAINTS = {
     "communication_data_type",
     "data_parallel_size",
@@ -156,11 +161,12 @@ def test_every_working_key_is_tried() -> None:
 def test_a_working_key_changes_the_plan(key: str) -> None:
     value, with_keys, path, want = WORKS[key]
     flat = {**MINIMAL, **with_keys}
-    made = translate(nest({**flat, key: value}))
+    world = 8 if key in OF_NODES else 1
+    made = translate(nest({**flat, key: value}), world=world)
     assert at(made, path) == want
     if key not in CONSTRAINTS:
         without = {name: one for name, one in flat.items() if name != key}
-        before = translate(nest(without if TRAIN in without or MICRO in without else {MICRO: 1}))
+        before = translate(nest(without if TRAIN in without or MICRO in without else {MICRO: 1}), world=world)
         assert made.model_dump(exclude={"keys"}) != before.model_dump(exclude={"keys"})
     row = next(row for row in explain(made) if row.key == key)
     assert str(row.source) == "code"

@@ -67,6 +67,8 @@ def initialize(  # noqa: PLR0913 - the signature is DeepSpeed's
     source = _source(args, config, config_params)
     mesh = _join(distributed_port, dist_init_required)
     plan = translate(source, world=mesh.world, auto={"dtype": _model_dtype(model)}, world_origin=_JOB)
+    if plan.node_ranks is not None:
+        mesh = Topology(dp_replicate=-1, dp_shard=plan.node_ranks).build(mesh.accelerator)
     make_audible(plan.reporting)
     for notice in plan.notices:
         _log.info(notice)
@@ -180,7 +182,7 @@ def _check_memory(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh
     states = {"SGD": 0, "Adam": 2, "AdamW": 2}.get(type(optimizer).__name__, 0)
     check_fits(
         Count.of(model),
-        ranks=mesh.world,
+        ranks=mesh.size("data" if plan.zero.secondary_shard else "dp_shard"),
         stage=plan.stage,
         available=accelerator.free_bytes() / sharing + here,
         recipe=Recipe(plan.dtype, states=states),

@@ -59,6 +59,7 @@ def _derive(found: Findings, world: int, world_origin: Origin) -> Plan | None:
             "data_types.grad_accum_dtype",
             f"given {kept}, but stage 0 keeps gradients in fp32; leave it out, or use stage 1",
         )
+    node_ranks = _node_ranks(found, stage, world)
     if found.problems or batch is None:
         return None
     plan = Plan(
@@ -74,6 +75,7 @@ def _derive(found: Findings, world: int, world_origin: Origin) -> Plan | None:
         skip_overflow=dtype == "bfloat16" and found.get("bf16.check_grad_overflow") is True,
         max_norm=found.get("gradient_clipping") or None,
         zero=_zero(found, stage),
+        node_ranks=node_ranks,
         optimizer=optimizer,
         scheduler=scheduler,
         reporting=_reporting(found),
@@ -157,8 +159,32 @@ def _zero(found: Findings, stage: int) -> Zero:
         prefetch_numel=prefetch if stage == 3 else None,
         keep_numel=keep if stage == 3 else None,
         persist_numel=found.get(key("stage3_param_persistence_threshold")) if stage == 3 else None,
+        leaves=_leaves(found) or None,
+        secondary_shard=found.get(key("zero_hpz_partition_size")) > 1 or None,
         overlap=found.get(key("overlap_comm")),
     )
+
+
+def _leaves(found: Findings) -> tuple[str, ...]:
+    names = found.get("zero_optimization.leaf_module.names")
+    return (*names, *(f"*{suffix}" for suffix in found.get("zero_optimization.leaf_module.name_suffixes")))
+
+
+def _node_ranks(found: Findings, stage: int, world: int) -> int | None:
+    """How many ranks shard among them (MiCS), or keep a second shard among them (hpZ); None: all or none."""
+    mics, hpz = (f"zero_optimization.{name}" for name in ("mics_shard_size", "zero_hpz_partition_size"))
+    sizes = {key: size for key in (mics, hpz) if (size := found.get(key)) not in (-1, 1)}
+    if len(sizes) == 2:
+        found.add(mics, "both this and zero_hpz_partition_size say how nodes are cut; keep one of them")
+    for key, size in sizes.items():
+        if size == 0 or world % size or (key == hpz and size == world):
+            below = " that is smaller" if key == hpz else ""
+            found.add(key, f"given {size}; allowed: a divisor of the {world} ranks{below}")
+        elif stage < (3 if key == hpz else 1):
+            found.add(key, f"given {size}, which has no effect at stage {stage}")
+        elif size < world:
+            return int(size)
+    return None
 
 
 def _optimizer(found: Findings) -> Named | None:

@@ -53,6 +53,8 @@ class Zero(Config):
     prefetch_numel: int | None = None
     keep_numel: int | None = None
     persist_numel: int | None = None
+    leaves: tuple[str, ...] | None = None
+    secondary_shard: bool | None = None
     overlap: bool | None = None
 
 
@@ -71,6 +73,7 @@ class Plan(Config):
     skip_overflow: bool = False
     max_norm: float | None = 1.0
     zero: Zero = Zero()
+    node_ranks: int | None = None  # ranks that shard among them, where that is not all
     optimizer: Named | None = None
     scheduler: Named | None = None
     reporting: Reporting = Reporting()
