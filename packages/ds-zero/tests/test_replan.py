@@ -25,7 +25,7 @@ from ds_zero import Zero, full_grad, full_optimizer_state, full_tensor, gather, 
 
 RANKS = 2
 SUMS = 1e-6  # two micro batches: four terms are summed in another order, each sum rounds by 6e-8
-stages = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+stages = pytest.mark.parametrize("stage", [0, 1, 3])
 
 
 class Net(nn.Module):
@@ -158,8 +158,9 @@ def planned_bytes(owner: FlatOwner, stage: int) -> int:
     return total
 
 
-@stages
-@pytest.mark.parametrize("make", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("make", "stage"), [*(("sgd", stage) for stage in range(4)), ("adamw", 1), ("adamw", 3)]
+)
 @distributed(RANKS)
 def test_frozen_and_thawed_between_any_two_steps(rank: int, stage: int, make: str) -> None:
     pair = Pair(rank, stage, sgd if make == "sgd" else adamw)
@@ -175,7 +176,7 @@ def test_frozen_and_thawed_between_any_two_steps(rank: int, stage: int, make: st
     assert all(unit.trainable for unit in pair.owner.units)
 
 
-@stages
+@pytest.mark.parametrize("stage", [0, 3])
 @distributed(RANKS)
 def test_a_frozen_parameter_remembers_its_group(rank: int, stage: int) -> None:
     def groups(model: Net) -> list[dict[str, Any]]:
@@ -191,7 +192,7 @@ def test_a_frozen_parameter_remembers_its_group(rank: int, stage: int) -> None:
     assert [group["lr"] for group in pair.optimizer.param_groups] == [0.3, 0.001]
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [2])
 @distributed(RANKS)
 def test_a_thawed_parameter_that_no_group_holds_is_said(rank: int, stage: int) -> None:
     pair = Pair(
@@ -313,7 +314,7 @@ def test_a_gradient_that_no_hook_saw_is_averaged_like_the_others(rank: int, stag
     torch.testing.assert_close(found, twins.detach(), rtol=1e-6, atol=1e-7)  # the norm sums in another order
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 @distributed(RANKS)
 def test_masters_in_fp32_survive_and_frozen_ones_are_given_back(rank: int, stage: int) -> None:
     pair = Pair(rank, stage, adamw, dtype="bfloat16")
@@ -475,6 +476,25 @@ def test_changes_inside_gather_are_taken_in_when_the_outermost_block_ends(rank: 
     pair.train(2)
 
 
+@distributed(RANKS)
+def test_a_graph_from_before_the_change_is_refused_where_its_weights_are_gone(rank: int) -> None:
+    """At stages 1 and 2 its weights are still there, and so is its gradient."""
+    for stage in (1, 3):
+        pair = Pair(rank, stage, sgd)
+        pair.train(1)
+        old = pair.model(pair.ids(rank))
+        pair.both(lambda model: setattr(model, "extra", linear(0.1)))
+        pair.model(pair.ids(rank))
+        if stage == 3:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                old.backward()
+            pair.model.zero_grad()
+        else:
+            old.backward()
+            pair.sharded.zero_grad()
+        pair.train(1)
+
+
 def saved_after_a_change(rank: int, stage: int, folder: str) -> None:
     pair = Pair(rank, stage, adamw)
     pair.train(1)
@@ -507,7 +527,7 @@ def test_a_checkpoint_after_a_change_is_one_of_the_changed_model(stage: int, tmp
     run_ranks(saved_after_a_change, RANKS, stage=stage, folder=str(tmp_path))
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 @distributed(RANKS)
 def test_what_is_replaced_is_freed_and_so_is_the_model(rank: int, stage: int) -> None:
     pair = Pair(rank, stage, adamw, frozen="blocks.2")

@@ -137,6 +137,7 @@ def gather(params: Tensor | nn.Module | Iterable[Tensor], *, write: int | None =
             raise ValueError(f"write must be a rank from 0 to {owner.everyone.world - 1}, got {write!r}")
     with contextlib.ExitStack() as stack:
         for owner, units in places.items():
+            stack.enter_context(owner.replanner.block())
             stack.enter_context(owner.whole(units))
         try:
             yield
@@ -150,9 +151,6 @@ def gather(params: Tensor | nn.Module | Iterable[Tensor], *, write: int | None =
             for unit in units:
                 if (fqn := unit.lost_write()) is not None:
                     raise LostWriteError(fqn)
-    for owner in places:
-        if not any(unit.pinned for unit in owner.units):  # the outermost block
-            owner.replanner.before_drain()
 
 
 def _write_part(unit: FlatUnit, index: int, shard: Tensor, value: Tensor) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import weakref
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from operator import is_
 from typing import NoReturn, Protocol
@@ -101,6 +102,7 @@ class Replanner:
         self._structure = Structure(owner.model, owner.units)
         self._frozen: tuple[nn.Parameter, ...] = ()
         self._stepped_past: set[int] = set()
+        self._blocks = 0
         owner.reducer.changed_elsewhere = self._explain
 
     # -- when ----------------------------------------------------------------------------------------------
@@ -118,6 +120,17 @@ class Replanner:
         between = self._owner.depth == 0 and not in_backward()
         if between and (self._structure.look().changed or self._regrouped()):
             self.replan()
+
+    @contextlib.contextmanager
+    def block(self) -> Iterator[None]:
+        """What changes inside is taken in when the outermost of these blocks has ended well."""
+        self._blocks += 1
+        try:
+            yield
+        finally:
+            self._blocks -= 1
+        if not self._blocks:
+            self.before_drain()
 
     def stepped(self, groups: Iterable[Sequence[nn.Parameter]]) -> None:
         """An optimizer that holds these parameters has stepped."""
@@ -151,7 +164,7 @@ class Replanner:
             raise RuntimeError(
                 "the model's parameters changed while it was running; change them between two steps"
             )
-        if any(unit.pinned for unit in owner.units):
+        if self._blocks:
             raise RuntimeError(
                 "the model's parameters changed inside `with ds_zero.gather(...):`; leave the block, which "
                 "takes the changes in, before the model runs or is saved"
