@@ -17,12 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from ds_core import ReplicatedOwner, ShardedOptimizer, Topology
 from ds_core.ground.codec import CastCodec
 from ds_core.ground.mesh import Mesh
-from ds_core.limits import STAGES, combos, tests
+from ds_core.limits import ACROSS_NODES, STAGES, combos, tests
 from ds_core.state.owner import FlatOwner
 from ds_core.testing.distributed import run_ranks
 from ds_core.testing.models import CASES, TinyLM
 from ds_core.testing.parity import assert_close_norm
-from ds_zero import EMA, Zero, full_tensor, no_sync
+from ds_zero import EMA, Zero, full_grad, full_tensor, no_sync
 
 CASE = CASES["tied"]
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DECAY = 0.75
 STEPS = 2
 # Unit roundoff of what gradients are rounded to on the wire. A gradient is rounded once there, and at stage
-# 0 once more in the one addition that two ranks need; its parts come from autograd rounded on both sides.
+# 0 once more in the one addition that two ranks need (across replicas, too); its parts come from autograd
+# rounded on both sides.
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ROUNDINGS = 2
 
@@ -112,6 +113,7 @@ def join(features: frozenset[str], stage: int, mesh: Mesh) -> tuple[nn.Module, S
             prefetch_numel=600,
             keep_numel=100,
             persist_numel=200 if "persist" in features else 0,
+            secondary_shard="second shard" in features,
             initializer=initializer if "meta" in features else None,
         ).shard(
             model,
@@ -135,7 +137,10 @@ def masters(model: nn.Module) -> dict[str, Tensor]:
     return {name: full_tensor(p, master=True) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def gradients(owner: FlatOwner) -> dict[str, Tensor]:
+def gradients(model: nn.Module, owner: FlatOwner) -> dict[str, Tensor]:
+    """Whole gradients, unit by unit where the shards of one axis make the unit, which is faster."""
+    if owner.features & ACROSS_NODES:
+        return {name: found for name, p in model.named_parameters() if (found := full_grad(p)) is not None}
     found = {}
     for unit in owner.trainable:
         assert unit.gradient is not None
@@ -197,7 +202,7 @@ def train(features: frozenset[str], stage: int, mesh: Mesh) -> None:
         optimizer.show_grads()
         for gradient in optimizer.gradients():
             gradient.div_(scale)
-        found = gradients(owner)
+        found = gradients(model, owner)
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             gap = float((gradient.double() - expected[name].double()).norm())
@@ -216,21 +221,31 @@ def train(features: frozenset[str], stage: int, mesh: Mesh) -> None:
                 assert_close_norm(masters(model), average, 1e-6)
 
 
-def every_combination(stage: int) -> int:
-    mesh, done = Topology().build(), 0
-    for features in combos(stage):
+def chosen(stage: int, *, across: bool) -> list[frozenset[str]]:
+    return [features for features in combos(stage) if bool(features & ACROSS_NODES) == across]
+
+
+def every_combination(stage: int, across: bool) -> int:
+    mesh = Topology(dp_replicate=2, dp_shard=2).build() if across else Topology().build()
+    for features in chosen(stage, across=across):
         try:
             train(features, stage, mesh)
         except Exception as fault:
             raise AssertionError(f"stage {stage}, {' with '.join(sorted(features))}: {fault}") from fault
-        done += 1
-    return done
+    return len(chosen(stage, across=across))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_goes_together_equals_the_unsharded_model(stage: int) -> None:
     """The masters are held to plain SGD on the very gradients that were compared before."""
-    assert run_ranks(every_combination, 2, timeout=120.0, stage=stage) == [len(list(combos(stage)))] * 2
+    done = run_ranks(every_combination, 2, timeout=120.0, stage=stage, across=False)
+    assert done == [len(chosen(stage, across=False))] * 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_goes_with_replicas_equals_the_unsharded_model(stage: int) -> None:
+    done = run_ranks(every_combination, 4, timeout=120.0, stage=stage, across=True)
+    assert done == [len(chosen(stage, across=True))] * 4
 
 
 def named(test: str) -> Iterator[Any]:

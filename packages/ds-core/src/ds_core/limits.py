@@ -9,6 +9,7 @@ from itertools import combinations
 STAGES = (0, 1, 2, 3)
 
 _MATRIX = "integration-tests/parity/test_parity.py::test_sharded_training_equals_its_twin"
+_REPLICAS = "integration-tests/limits/test_limits.py::test_what_goes_with_replicas_equals_the_unsharded_model"
 _TOGETHER = "integration-tests/limits/test_limits.py::test_what_goes_together_equals_the_unsharded_model"
 
 
@@ -46,6 +47,8 @@ def _from_one(test: str, why: str) -> tuple[Cell, Cell, Cell, Cell]:
     return (Cell(why=why), cell, cell, cell)
 
 
+_NO_SECOND = Cell(why="a second shard of the parameters needs stage 3, where they are cut")
+ACROSS_NODES = frozenset({"replicas", "second shard"})
 _WHOLE = "its parameters are whole all the time: set persist_numel=0, or use stage 3"
 
 FEATURES: Mapping[str, Feature] = {
@@ -80,13 +83,20 @@ FEATURES: Mapping[str, Feature] = {
         "a lossy wire for parameters",
         _from_one(_TOGETHER, "it gathers no parameters: leave `gather` out, or use stage 1"),
     ),
+    "replicas": Feature(
+        "shards inside a node, copies across: `Topology(dp_replicate=..., dp_shard=...)`", _yes(_REPLICAS)
+    ),
+    "second shard": Feature(
+        "`Zero(secondary_shard=True)`, on a mesh with replicas",
+        (_NO_SECOND, _NO_SECOND, _NO_SECOND, Cell(_REPLICAS)),
+    ),
     "EMA": Feature("an exponential moving average of the masters", _yes(_TOGETHER)),
 }
 
 _ONE_DTYPE = "parameters are cast to one dtype: give one"
 _FP16_ONLY = "a loss scale is for fp16 only: leave it out"
 
-# Pairs that do not go together; every other pair does, and _TOGETHER trains each of them at each stage.
+# Pairs that do not go together; every other pair does, and two tests train each of them at each stage.
 APART: Mapping[frozenset[str], str] = {
     frozenset({"fp32", "bf16"}): _ONE_DTYPE,
     frozenset({"fp32", "fp16"}): _ONE_DTYPE,
@@ -106,7 +116,9 @@ def together(one: str, other: str) -> Cell:
     pair = frozenset({one, other})
     if not pair <= FEATURES.keys() or len(pair) != 2:
         raise KeyError(f"{sorted(pair)}: two different features of {', '.join(FEATURES)}")
-    return Cell(why=APART[pair]) if pair in APART else Cell(_TOGETHER)
+    if pair in APART:
+        return Cell(why=APART[pair])
+    return Cell(_REPLICAS if pair & ACROSS_NODES else _TOGETHER)
 
 
 def refuse(stage: int, features: Iterable[str]) -> None:
@@ -130,7 +142,7 @@ def combos(stage: int) -> Iterator[frozenset[str]]:
 def tests() -> set[str]:
     """Every test that a cell names."""
     named = {cell.test for feature in FEATURES.values() for cell in feature.stages if cell.works}
-    return named | {_TOGETHER}
+    return named | {_TOGETHER, _REPLICAS}
 
 
 def page() -> str:

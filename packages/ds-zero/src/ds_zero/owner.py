@@ -78,7 +78,8 @@ class ZeroOwner(FlatOwner):
         reduce: Codec | None = None,
     ) -> None:
         self.config, self.stage = config, config.stage
-        self.extra_features = frozenset({"persist"} if config.persist_numel else ())
+        extra = {"persist": config.persist_numel, "second shard": config.secondary_shard}
+        self.extra_features = frozenset(name for name, there in extra.items() if there)
         refuse_unfillable(model, config.initializer)
         mesh = mesh or Topology().build()
         _refuse_no_nodes(mesh, config)

@@ -74,7 +74,7 @@ class FlatOwner(SavedUnits):
         self.precision = precision
         self.store: Store = store or DeviceStore()
         settings = _Options(**options)
-        self.features = self.extra_features | _features(model, precision, settings, self.device)
+        self.features = self.extra_features | _features(model, precision, settings, self.mesh)
         refuse(self.stage, self.features)
         self.options, self.given = settings, frozenset(options)  # for `explain`
         self.cut = settings.cut
@@ -288,7 +288,7 @@ class ReplicatedOwner(FlatOwner):
         super().__init__(model, mesh, sharded=False, whole_grads=True, precision=precision, **options)
 
 
-def _features(model: nn.Module, precision: Precision, options: _Options, device: torch.device) -> set[str]:
+def _features(model: nn.Module, precision: Precision, options: _Options, mesh: Mesh) -> set[str]:
     """What is joined here, in the words of ds_core.limits."""
     params = list(model.named_parameters(remove_duplicate=False))
     dtypes = {precision.param or p.dtype for _, p in params if p.is_floating_point()}
@@ -297,7 +297,8 @@ def _features(model: nn.Module, precision: Precision, options: _Options, device:
     there = {
         "tied": len({id(p) for _, p in params}) < len(params),
         "frozen": not all(p.requires_grad for _, p in params),
-        "meta": device.type != "meta" and any(p.is_meta for _, p in params),
+        "replicas": mesh.size("dp_replicate") > 1 and mesh.size("dp_shard") > 1,
+        "meta": mesh.accelerator.device.type != "meta" and any(p.is_meta for _, p in params),
         "whole cut": options.cut != "flat",
         "reduce codec": options.reduce is not None,
         "gather codec": options.lossy_gather,
