@@ -75,3 +75,17 @@ def test_success_and_interruption(tmp_path: Path) -> None:
     assert out.getvalue() == ""
     assert report(Result([], interrupted=15), out) == 143
     assert out.getvalue() == "ds launch: stopped by SIGTERM\n"
+
+
+def test_who_only_says_that_ranks_parted_is_not_the_first_cause(tmp_path: Path) -> None:
+    texts = {
+        "rank 0": "Traceback (most recent call last):\n  File\nds_core.DesyncError: ranks\n",
+        "rank 1": "Traceback (most recent call last):\n  File\nKeyError: 'a bad row'\n",
+    }
+    ended = []
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        ended.append(Ended(Member(name, ["python"], {}, tmp_path / name), 7, 1, 1.5, stopped=False))
+    out = io.StringIO()
+    report(Result(ended), out)
+    assert "--- rank 1, the first to fail:" in out.getvalue()

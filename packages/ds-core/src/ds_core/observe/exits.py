@@ -16,7 +16,7 @@ _HINTS = {
 TRACEBACK = "Traceback (most recent call last):"
 _ECHO_OF_ANOTHER = re.compile(
     r"Connection (closed|reset) by peer|Connection refused|Broken pipe|remote process exited|"
-    r"recvValue failed|failed to recv|Gloo connectFullMesh failed|ncclRemoteError|Socket Timeout"
+    r"recvValue failed|failed to recv|Gloo connectFullMesh failed|ncclRemoteError|Socket Timeout|DesyncError"
 )
 
 
