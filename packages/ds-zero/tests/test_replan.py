@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_core import CheckpointStore, ShardedOptimizer
+from ds_core import CheckpointStore, JointOptimizer, ShardedOptimizer
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.state.owner import FlatOwner, ReplicatedOwner, owner_of
 from ds_core.testing.distributed import distributed, run_ranks
 from ds_core.testing.parity import assert_close_norm
 from ds_core.train.clip import clip_grad_norm_
-from ds_core.train.optim import attached
-from ds_zero import Zero, full_grad, full_optimizer_state, full_tensor, gather, replan
+from ds_zero import Zero, full_grad, full_optimizer_state, full_tensor, gather, materialize, replan
 
 RANKS = 2
 SUMS = 1e-6  # two micro batches: four terms are summed in another order, each sum rounds by 6e-8
@@ -31,7 +30,8 @@ stages = pytest.mark.parametrize("stage", [0, 1, 3])
 class Net(nn.Module):
     """An embedding, blocks of which each has a norm, and a head."""
 
-    extra: nn.Module
+    extra: nn.Linear
+    noted: nn.Linear
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,6 +76,7 @@ class Pair:
         frozen: str | None = None,
         given: Any = None,
         mesh: Mesh | None = None,
+        bucket: int = 40,
         **settings: Any,
     ) -> None:
         torch.manual_seed(0)
@@ -89,9 +90,9 @@ class Pair:
         self.optimizer, self.reference = make(given(self.model)), make(given(self.twin))
         owner: FlatOwner
         if stage == 0:
-            owner = ReplicatedOwner(self.model, bucket_numel=40)
+            owner = ReplicatedOwner(self.model, bucket_numel=bucket)
         else:
-            options = {"stage": stage, "bucket_numel": 40, "keep_numel": 60, **settings}
+            options = {"stage": stage, "bucket_numel": bucket, "keep_numel": 60, **settings}
             owner = Zero.model_validate(options).shard(self.model, mesh)
         self.owner = owner
         self.sharded = ShardedOptimizer(self.optimizer, owner)
@@ -269,7 +270,7 @@ def test_parameters_are_replaced_tied_and_resized(rank: int, stage: int) -> None
 @stages
 @distributed(RANKS)
 def test_gradients_that_wait_for_a_step_stay(rank: int, stage: int) -> None:
-    pair = Pair(rank, stage, sgd, frozen="blocks.2")
+    pair = Pair(rank, stage, sgd, frozen="blocks.2", bucket=10**6)  # one unit: all of them move
     pair.backward()
     pair.both(lambda model: model.blocks[2].requires_grad_(True))
     pair.both(lambda model: model.blocks[0].requires_grad_(False))  # what it got so far is still applied
@@ -357,7 +358,7 @@ def test_states_of_other_shapes_move_with_their_parameter(rank: int, stage: int)
 def test_with_replicas_of_the_shards(rank: int, secondary: bool) -> None:
     """HSDP, and hpZ: sums run in another order than the twin's."""
     mesh = Topology(dp_replicate=2, dp_shard=2).build()
-    pair = Pair(rank, 3, sgd, mesh=mesh, secondary_shard=secondary)
+    pair = Pair(rank, 3, sgd, mesh=mesh, bucket=10**6, secondary_shard=secondary)
     pair.backward()
     pair.both(lambda model: setattr(model, "extra", linear(0.1)))
     pair.both(lambda model: model.blocks[1].requires_grad_(False))
@@ -372,37 +373,53 @@ def test_with_replicas_of_the_shards(rank: int, secondary: bool) -> None:
     pair.compare(SUMS)
 
 
-class Turns(nn.Module):
-    """Two networks that freeze each other in turns."""
+@pytest.mark.parametrize("stage", [1, 3])
+@distributed(RANKS)
+def test_joined_optimizers_stay_joined(rank: int, stage: int) -> None:
+    def joint(groups: Any) -> torch.optim.Optimizer:
+        matrices, rest = groups
+        return JointOptimizer([torch.optim.Adafactor(matrices, lr=0.01), adamw(rest)])
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+    def split(model: Net) -> list[list[nn.Parameter]]:
+        matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+        return [matrices, [p for p in model.parameters() if all(p is not m for m in matrices)]]
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.two(torch.tanh(self.one(x))).square().mean()
+    names = frozenset(f"blocks.{number}.0.weight" for number in range(3))
+    pair = Pair(rank, stage, joint, given=split, cut=names)
+    pair.train(2)
+    pair.both(lambda model: model.blocks[1].requires_grad_(False))
+    pair.both(lambda model: model.blocks.__delitem__(0))  # names in `cut` are old ones
+    pair.train(3)
+    pair.both(lambda model: model.blocks.requires_grad_(True))
+    pair.train(2)
+    assert pair.owner.place(pair.model.blocks[0][0].weight)[0].cut == "whole"
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 @distributed(RANKS)
-def test_networks_that_train_in_turns_are_left_where_they_are(rank: int, stage: int) -> None:
-    model = Turns()
-    owner = Zero(stage=stage, dtype="bfloat16", bucket_numel=1).shard(model)  # type: ignore[arg-type]
-    pairs = [(model.one, model.two), (model.two, model.one)]
-    optimizers = [torch.optim.AdamW(mine.parameters(), lr=0.01) for mine, _ in pairs]
-    for optimizer in optimizers:
-        ShardedOptimizer(optimizer, owner)
-    units = list(owner.units)
-    for _ in range(3):
-        for (mine, other), optimizer in zip(pairs, optimizers, strict=True):
-            other.requires_grad_(False)
-            mine.requires_grad_(True)
-            before = full_tensor(other.weight, master=True)
-            model(torch.ones(2, 6, dtype=torch.bfloat16)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            assert torch.equal(full_tensor(other.weight, master=True), before)
-    assert owner.units == units
+def test_a_module_without_bytes_is_filled_when_it_is_taken_in(rank: int, stage: int) -> None:
+    pair = Pair(rank, stage, sgd)
+    pair.train(1)
+    torch.manual_seed(rank)
+    for name in ("extra", "noted"):
+        with torch.device("meta") if name == "extra" else materialize():
+            setattr(pair.model, name, nn.Linear(6, 6))
+            nn.init.constant_(getattr(pair.model, name).weight, 0.5)
+        params = list(getattr(pair.model, name).parameters())
+        assert all(param.is_meta for param in params)
+        pair.optimizer.add_param_group({"params": params})
+        pair.model(pair.ids(rank))
+        setattr(pair.twin, name, nn.Linear(6, 6))
+        pairs = zip(
+            getattr(pair.model, name).parameters(), getattr(pair.twin, name).parameters(), strict=True
+        )
+        for mine, twin in pairs:
+            assert not mine.is_meta
+            twin.data = full_tensor(mine)
+        pair.reference.add_param_group({"params": getattr(pair.twin, name).parameters()})
+    assert float(pair.twin.extra.weight.detach().std()) > 0.1  # what a plain meta module was filled with
+    assert bool((pair.twin.noted.weight == 0.5).all())
+    pair.train(2)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -480,7 +497,7 @@ def test_changes_inside_gather_are_taken_in_when_the_outermost_block_ends(rank: 
 def test_a_graph_from_before_the_change_is_refused_where_its_weights_are_gone(rank: int) -> None:
     """At stages 1 and 2 its weights are still there, and so is its gradient."""
     for stage in (1, 3):
-        pair = Pair(rank, stage, sgd)
+        pair = Pair(rank, stage, sgd, bucket=10**6, keep_numel=10**6)
         pair.train(1)
         old = pair.model(pair.ids(rank))
         pair.both(lambda model: setattr(model, "extra", linear(0.1)))
@@ -549,15 +566,3 @@ def test_what_is_replaced_is_freed_and_so_is_the_model(rank: int, stage: int) ->
     del pair
     gc.collect()
     assert [ref() for ref in dead] == [None] * len(dead)
-
-
-@distributed(RANKS)
-def test_a_forward_that_finds_nothing_costs_no_communication(rank: int) -> None:
-    pair = Pair(rank, 1, sgd)
-    pair.train(2)
-    assert attached(pair.optimizer) is pair.sharded
-    log = pair.owner.mesh.log
-    log.clear()
-    with torch.no_grad():
-        pair.model(pair.ids(rank))
-    assert log.bytes_by_axis() == {}
