@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from ds_core.train.optim import cut_for
@@ -33,7 +34,8 @@ class JointOptimizer(Optimizer):
         return all(cut_for(member) == "flat" for member in self.optimizers)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = closure() if closure is not None else None
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         for member in self.optimizers:
             member.step()
         return loss

@@ -176,13 +176,25 @@ class ShardedOptimizer:
         """This rank's reduced gradients, one flat tensor per unit: [shard_numel]. Call `show_grads` first."""
         return [unit.gradient for unit in self.owner.trainable if unit.gradient is not None]
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        """With a closure gradients come in the middle of the step: they are shown when it returns."""
         if not self._missed_said:
             self._missed_said = True
             _warn_of_missed(self.owner)
         refuse_lost_writes(self.owner.units)
-        self.show_grads()
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self.show_grads()
         self.owner.changes.open()
+        if closure is None:
+            return None
+
+        def shown() -> Any:
+            loss = closure()
+            self.show_grads()
+            return loss
+
+        return args[:1], {**kwargs, "closure": shown}
 
     def _after_step(self, *_: Any) -> None:
         # Without a gradient the optimizer skips a parameter, and with it the copy-out: the old copy is right.
