@@ -29,7 +29,7 @@ from ds_zero.recipes.record import Record
 from ds_zero.recipes.report import SAME_LOSS, Facts, resume_difference, write_report
 
 _SAMPLE_TOKENS = 96
-_LET_RANK_0_SPEAK_S = 1.5  # a launcher ends all ranks when the first one fails
+_LET_RANK_0_SPEAK_S = 4.0  # a launcher ends all ranks when the first one fails; rank 0 says goodbye first
 USER_ERRORS = (ValueError, LookupError, OSError, ArithmeticError)
 
 
