@@ -277,7 +277,8 @@ class GradReducer:
         Raises DesyncError when ranks did not issue the same collectives so far.
         """
         votes = torch.tensor(flags + signature(self._lanes), dtype=torch.float32)
-        self._control.all_reduce(votes, op="max", about="the gradients that ranks have").wait()
+        about = "what gradients ranks have, and whether a model changed"
+        self._control.all_reduce(votes, op="max", about=about).wait()
         found: list[float] = votes.tolist()
         if not found[len(flags) - 1] and not is_one_signature(found[len(flags) :]):
             self._lanes[0].disagree()
