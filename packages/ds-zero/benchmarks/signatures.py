@@ -36,7 +36,6 @@ class Inside:
         def record(lane: Lane, op: str, tensor: torch.Tensor, about: str = "") -> Flight:
             began = time.perf_counter()
             flight = _RECORD(lane, op, tensor, about)
-            flight.tag  # noqa: B018 - computed when messages are sent
             self.seconds += time.perf_counter() - began
             self.calls += 1
             return flight
@@ -46,7 +45,7 @@ class Inside:
 
 def without(lane: Lane, op: str, tensor: torch.Tensor, about: str = "") -> Any:
     lane.number += 1
-    return Flight(lane.number, "", tensor.dtype, 0, "", 0, ())
+    return Flight(lane.number, "", tensor.dtype, 0, "", 0, lane.number, ())
 
 
 def main() -> None:

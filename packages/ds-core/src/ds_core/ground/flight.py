@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -28,7 +29,11 @@ Lines = tuple[tuple[CodeType, int], ...]
 
 @dataclass(slots=True, frozen=True)
 class Flight:
-    """One collective as this rank issued it. `digest` covers it and everything before it in its lane."""
+    """One collective as this rank issued it.
+
+    `digest` covers it and everything before it in its lane; `tag` is what its messages carry, so that those
+    of different collectives never meet.
+    """
 
     number: int
     op: str
@@ -36,6 +41,7 @@ class Flight:
     numel: int
     about: str
     digest: int
+    tag: int
     lines: Lines
 
     def __str__(self) -> str:
@@ -46,11 +52,6 @@ class Flight:
     def where(self) -> str:
         """The user's source lines, the innermost first; empty where there was none."""
         return place(self.lines)
-
-    @property
-    def tag(self) -> int:
-        """What messages carry, so that those of different collectives never meet."""
-        return crc32(f"{self.number} {self}".encode()) & 0x7FFFFFFF
 
 
 class Guard(Protocol):
@@ -86,9 +87,10 @@ class Lane:
         if self._guard is not None:
             self._guard.check()
         number = self.number + 1
-        digest = crc32(f"{op} {tensor.dtype} {tensor.numel()} {about}".encode(), self.digest)
-        lines = user_lines(sys._getframe(1))
-        flight = Flight(number, op, tensor.dtype, tensor.numel(), about, digest, lines)
+        dtype, numel = tensor.dtype, tensor.numel()
+        text = f"{op} {dtype} {numel} {about}".encode()
+        digest, tag = crc32(text, self.digest), crc32(text, number) & 0x7FFFFFFF
+        flight = Flight(number, op, dtype, numel, about, digest, tag, user_lines(sys._getframe(1)))
         self._ring[number % RING] = flight
         self.number, self.digest = number, digest
         return flight
@@ -163,16 +165,17 @@ def user_lines(frame: FrameType | None) -> Lines:
     """The innermost lines outside of Python's library, installed packages and this suite."""
     found: list[tuple[CodeType, int]] = []
     while frame is not None and len(found) < _CALLERS:
-        code = frame.f_code
-        if not code.co_filename.startswith(_LIBRARIES) and code.co_filename[0] != "<" and not _is_ours(frame):
-            found.append((code, frame.f_lineno))
+        if _is_users(frame.f_code, frame.f_globals.get("__name__", "")):
+            found.append((frame.f_code, frame.f_lineno))
         frame = frame.f_back
     return tuple(found)
 
 
-def _is_ours(frame: FrameType) -> bool:
-    package: str = frame.f_globals.get("__name__", "").partition(".")[0]
-    return package[:3] == "ds_" and package[3:] in _SUITE
+@functools.lru_cache(maxsize=4096)
+def _is_users(code: CodeType, module: str) -> bool:
+    package = module.partition(".")[0]
+    ours = package[:3] == "ds_" and package[3:] in _SUITE
+    return not ours and code.co_filename[0] != "<" and not code.co_filename.startswith(_LIBRARIES)
 
 
 def place(lines: Lines) -> str:
