@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_core import ReplicatedOwner, ShardedOptimizer, Topology
+from ds_core import JointOptimizer, ReplicatedOwner, ShardedOptimizer, Topology
 from ds_core.ground.codec import CastCodec
 from ds_core.ground.mesh import Mesh
 from ds_core.limits import ACROSS_NODES, STAGES, combos, tests
@@ -75,7 +75,10 @@ def build(features: frozenset[str]) -> nn.Module:
 
 def sgd(model: nn.Module, features: frozenset[str]) -> torch.optim.Optimizer:
     kind = NeedsMatrices if "whole cut" in features else torch.optim.SGD
-    return kind([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    params = [p for p in model.parameters() if p.requires_grad]
+    if "several optimizers" in features:
+        return JointOptimizer([kind(params[part::2], lr=0.1, momentum=0.9) for part in (0, 1)])
+    return kind(params, lr=0.1, momentum=0.9)
 
 
 def join(features: frozenset[str], stage: int, mesh: Mesh) -> tuple[nn.Module, ShardedOptimizer, FlatOwner]:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from ds_core.ground.mesh import Topology
 from ds_core.testing.distributed import run_ranks
@@ -14,10 +15,11 @@ from ds_core.testing.models import CASES
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-def cells(case: str, variant: str = "plain") -> None:
+def cells(case: str, variant: str = "plain", nodes: int = 1) -> None:
     from matrix import run_cell
 
-    mesh = Topology().build()  # its process groups serve all cells
+    # Its process groups serve all cells.
+    mesh = Topology(dp_replicate=nodes, dp_shard=dist.get_world_size() // nodes).build()
     for stage in (0, 1, 2, 3):
         for accumulate in (1, 4):
             for dtype in ("fp32", "bf16", "fp16"):
@@ -32,6 +34,12 @@ def cells(case: str, variant: str = "plain") -> None:
 @pytest.mark.parametrize("case", list(CASES))
 def test_sharded_training_equals_its_twin(case: str, world: int) -> None:
     run_ranks(cells, world, timeout=120.0, case=case)
+
+
+@pytest.mark.parametrize("case", ["tied", "frozen", "unused_on_one_rank", "mixed_dtypes"])
+def test_shards_inside_nodes_and_copies_across_equal_the_twin(case: str) -> None:
+    """Two nodes of two ranks: HSDP, and MiCS, whose gradients cross nodes once in a step."""
+    run_ranks(cells, 4, timeout=120.0, case=case, nodes=2)
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -116,7 +116,7 @@ def test_memory_is_seen_to_grow() -> None:
     held: list[Tensor] = []
 
     def hoard(*_: object) -> None:
-        held.append(torch.ones(32 << 20, dtype=torch.uint8))
+        held.append(torch.ones(128 << 20, dtype=torch.uint8))
 
     with Timeline(engine) as timeline:
         engine.train_batch([CASE.make_batch(0, 1)], loss_fn)
@@ -125,7 +125,7 @@ def test_memory_is_seen_to_grow() -> None:
         handle.remove()
     before, after = timeline.steps
     grown = after.live_bytes - before.live_bytes
-    assert grown >= 31 << 20
+    assert grown >= 120 << 20  # other memory may go back to the system meanwhile
     assert after.peak_bytes >= after.live_bytes
 
 

@@ -63,6 +63,7 @@ FEATURES: Mapping[str, Feature] = {
     "reentrant": Feature("re-entrant activation checkpointing", _yes(_MATRIX)),
     "non-reentrant": Feature("activation checkpointing that is not re-entrant", _yes(_MATRIX)),
     "whole cut": Feature("an optimizer that needs whole parameters", _yes(_TOGETHER)),
+    "several optimizers": Feature("`JointOptimizer([...])`, one for each part of the model", _yes(_TOGETHER)),
     "persist": Feature(
         "`Zero(persist_numel=...)`",
         (

@@ -20,6 +20,7 @@ from ds_core.ground.ticket import Waitable
 RING = 256  # collectives that a lane remembers
 
 _LIBRARIES = tuple({path for path in sysconfig.get_paths().values() if path})
+_INSTALLED = ("site-packages", "dist-packages")  # of this environment, or of one that it borrows from
 _SUITE = frozenset({"core", "kernels", "zero", "offload", "comm", "pipe", "moe"})
 _SUITE |= frozenset({"inference", "compression", "chat"})
 _CALLERS = 3  # user lines that a collective is remembered with, the innermost first
@@ -175,7 +176,9 @@ def user_lines(frame: FrameType | None) -> Lines:
 def _is_users(code: CodeType, module: str) -> bool:
     package = module.partition(".")[0]
     ours = package[:3] == "ds_" and package[3:] in _SUITE
-    return not ours and code.co_filename[0] != "<" and not code.co_filename.startswith(_LIBRARIES)
+    file = code.co_filename
+    installed = file.startswith(_LIBRARIES) or any(part in file for part in _INSTALLED)
+    return not ours and not installed and file[0] != "<"
 
 
 def place(lines: Lines) -> str:

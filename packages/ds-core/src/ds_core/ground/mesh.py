@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import itertools
 import math
 import os
 import tempfile
@@ -74,6 +75,7 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
 
 
 _OPEN: WeakSet[TorchCommunicator] = WeakSet()
+_GENERATIONS = itertools.count()  # a store may outlive the job that was left; ranks leave and join together
 _WATCHES: WeakKeyDictionary[ProcessGroup, Watch] = WeakKeyDictionary()  # by the job's group
 _GOODBYE_S = 6.0
 
@@ -85,7 +87,7 @@ def _watch(timeout_s: float) -> Watch | None:
         return None
     if world not in _WATCHES:
         base = dist.distributed_c10d._get_default_store()
-        store = dist.PrefixStore("ds-watch/", base)  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"ds-watch/{next(_GENERATIONS)}/", base)  # type: ignore[attr-defined]
         _WATCHES[world] = Watch(store, dist.get_rank(), dist.get_world_size(), timeout_s)
     return _WATCHES[world]
 
