@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ds_core.testing.distributed import distributed
-from ds_zero import compat, full_tensor, shard
+from ds_zero import Zero, compat, full_tensor, shard
 
 
 def build(stage: int) -> tuple[nn.Sequential, torch.optim.Optimizer]:
@@ -85,3 +85,33 @@ def test_gathered_parameters_take_what_the_modifier_wrote(rank: int, stage: int)
         assert stage == 1 or "not whole" in repr(model[0].weight)
     with pytest.raises(LookupError, match="shard the model first"):
         compat.safe_get_full_fp32_param(ordinary)
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp = nn.Linear(4, 4)
+        self.ways = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+
+def test_leaf_modules_are_one_unit() -> None:
+    def units(model: nn.Module) -> list[int]:
+        owner = Zero(stage=3, bucket_numel=1).shard(model)
+        return [len(unit.params) for unit in owner.units]
+
+    assert units(nn.Sequential(Routed(), nn.ReLU())) == [2, 2, 2, 2]
+    by_class, by_name, by_suffix, unset = (nn.Sequential(Routed(), nn.ReLU()) for _ in range(4))
+    assert compat.set_z3_leaf_modules(by_class, [Routed]) == [by_class[0]]
+    assert compat.set_z3_leaf_modules(by_class, ["Routed"]) == [by_class[0]]
+    assert compat.get_z3_leaf_modules(by_class) == [by_class[0]]
+    assert units(by_class) == [8]
+    assert compat.set_z3_leaf_modules_by_name(by_name, ["0.ways"]) == [by_name[0].ways]
+    assert units(by_name) == [2, 6]
+    compat.set_z3_leaf_modules_by_suffix(by_suffix, ["ways"])
+    assert units(by_suffix) == [2, 6]
+    compat.set_z3_leaf_modules(unset, [Routed])
+    assert compat.unset_z3_leaf_modules(unset, [Routed]) == [unset[0]]
+    assert not compat.z3_leaf_module(unset[0])
+    assert units(unset) == [2, 2, 2, 2]
+    with pytest.raises(ValueError, match=r"no module of \['Nothing'\]"):
+        compat.set_z3_leaf_modules(unset, ["Nothing"])

@@ -34,6 +34,9 @@ class UnitPlan:
         return sum(param.numel() for _, param in self.params)
 
 
+LEAF_MARK = "_ds_leaf"  # on a module that is never split
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """How finely a model is cut into units; see `plan_units`."""
@@ -78,8 +81,9 @@ def plan_units(
     elements are put together until they reach it. A module whose class says `own_unit = True` (a tile of a
     layer that is larger than memory) is a unit by itself, wherever it is.
 
-    Modules whose full name matches a pattern of `leaves` are never split, and no container is whose name
-    has "expert" in it: ranks that route to different children still need the same units.
+    Modules whose full name matches a pattern of `leaves`, or that bear the LEAF_MARK, are never split, and no
+    container is whose name has "expert" in it: ranks that route to different children still need the same
+    units.
     """
     if bucket_numel < 1:
         raise ValueError(f"bucket_numel must be at least 1 element, got {bucket_numel}")
@@ -113,7 +117,8 @@ def _atoms(name: str, module: nn.Module, caller: str, leaves: Sequence[str]) -> 
     if not any(True for _ in module.parameters()):
         return
     called = not isinstance(module, nn.ModuleList | nn.ModuleDict)
-    if any(fnmatch(name, pattern) for pattern in leaves) or (_is_repeating(module) and _is_routed(name)):
+    named = any(fnmatch(name, pattern) for pattern in leaves) or getattr(module, LEAF_MARK, False)
+    if named or (_is_repeating(module) and _is_routed(name)):
         yield _Atom(name, module, deep=True, user=name if called else caller)
         return
     children = [(f"{name}.{child}" if name else child, sub) for child, sub in module.named_children()]
