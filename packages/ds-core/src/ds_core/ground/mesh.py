@@ -54,6 +54,7 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
         return True
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return False
+    _leave_at_exit()
     accelerator = accelerator or Accelerator.current()
     accelerator.activate()
     timeout = timedelta(seconds=timeout_seconds(timeout_s))
