@@ -92,3 +92,20 @@ def test_outside_of_any_forward_it_raises() -> None:
     model, _ = sharded("plain")
     with pytest.raises(AbsentParameterError, match=r"head.weight is sharded.*full_tensor"):
         model.head.weight.sum()
+
+
+@distributed(world_size=2)
+def test_two_graphs_that_read_it_go_backward_one_by_one(rank: int) -> None:
+    model, optimizer = sharded("plain")
+    torch.manual_seed(0)
+    twin = Fused()
+    losses = [model(*batch(seed, rank)) for seed in (0, 1)]
+    for loss in losses:
+        (loss / 2).backward()
+    optimizer.step()
+    for seed in (0, 1):
+        for other in range(2):
+            (twin(*batch(seed, other)) / 4).backward()
+    torch.optim.SGD(twin.parameters(), lr=0.5).step()
+    found = {name: full_tensor(param) for name, param in model.named_parameters()}
+    assert_close_norm(found, {name: param.detach() for name, param in twin.named_parameters()}, 1e-6)

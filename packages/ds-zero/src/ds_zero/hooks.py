@@ -169,13 +169,14 @@ class UseHooks:
         """
         if self._retired or (self._owner.depth == 0 and not in_backward()):
             return False
-        index = self._index[id(unit)]
-        if index not in self._unannounced:
-            unit.pinned += 1
-        needed = torch.is_grad_enabled() or in_backward()
-        self._unannounced[index] = needed or self._unannounced.get(index, False)
-        self._owner.gatherer.acquire(unit)
+        self._hold_unannounced(self._index[id(unit)], torch.is_grad_enabled() or in_backward())
         return True
+
+    def _hold_unannounced(self, index: int, needed: bool) -> None:
+        if index not in self._unannounced:
+            self._units[index].pinned += 1
+        self._unannounced[index] = needed or self._unannounced.get(index, False)
+        self._owner.gatherer.acquire(self._units[index])
 
     def _let_unannounced_go(self, *, of_backward: bool = True) -> None:
         """Of what was read outside of its module: all, or what no backward will ask for."""
@@ -193,7 +194,8 @@ class UseHooks:
         if torch.is_grad_enabled():
             outputs = [t for t in tensors_in(output) if t.requires_grad and t.grad_fn is not None]
             if outputs:
-                register_multi_grad_hook(outputs, self._root_backward, mode="any")
+                again = [index for index, needed in self._unannounced.items() if needed]
+                register_multi_grad_hook(outputs, partial(self._root_backward, again), mode="any")
         self._let_unannounced_go(of_backward=False)
         # What was fetched ahead for nobody, or held by a forward that raised, goes now.
         for index, unit in enumerate(self._units):
@@ -203,8 +205,11 @@ class UseHooks:
 
     # -- backward ------------------------------------------------------------------------------------------
 
-    def _root_backward(self, grad: Tensor) -> None:
+    def _root_backward(self, unannounced: list[int], grad: Tensor) -> None:
+        """`unannounced`: what this graph read outside of modules; another's backward may have let it go."""
         self._owner.hooks.open_round()
+        for index in unannounced if not self._retired else ():
+            self._hold_unannounced(index, True)
 
     def _before_backward(self, units: list[FlatUnit], lookup: bool, ends: bool, grad: Tensor) -> None:
         self._owner.hooks.open_round()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -79,13 +80,11 @@ class Watch:
             frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
             at = place(user_lines(frames[-1] if frames else None))
             left = f"it raised {type(cause).__name__}: {str(cause)[:300]}" + (f" (at {at})" if at else "")
-        try:
+        with contextlib.suppress(RuntimeError):  # the store's host has gone before
             self._set(f"left/{self._rank}", report_of(self._lanes.values(), "", left).dumps())
             end = time.monotonic() + self._grace_s / 2
             while self._rank == 0 and time.monotonic() < end and not self._all_left():
                 time.sleep(self._poll_s / 10)
-        except RuntimeError:  # the store's host has gone before
-            self._leaves.set()
         self._leaves.set()
         self._thread.join(self._poll_s)
 

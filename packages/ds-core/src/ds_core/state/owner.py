@@ -81,7 +81,7 @@ class FlatOwner(SavedUnits):
         self._groups = groups = DataGroups(self.mesh, across=settings.across if sharded else "all")
         self.axis, self.comm, self.gather_comm = groups.axis, groups.reduce, groups.gather
         self.replicas, self.everyone, self.control = groups.replicas, groups.everyone, groups.control
-        self._settings, self._whole_grads = settings, whole_grads
+        self._whole_grads = whole_grads
         self.factory = UnitFactory(
             precision,
             rank=self.comm.rank if sharded else 0,
@@ -117,8 +117,8 @@ class FlatOwner(SavedUnits):
             self._groups,
             sharded=self.sharded,
             whole_grads=self._whole_grads,
-            codec=self._settings.reduce,
-            overlap=self._settings.overlap,
+            codec=self.options.reduce,
+            overlap=self.options.overlap,
         )
         self.hooks = OwnerHooks(self)
         self._place: dict[int, tuple[FlatUnit, int]] = {
