@@ -287,6 +287,15 @@ def build(session: nox.Session) -> None:
 
 
 @nox.session(requires=["build"], default=False)
+def kernels(session: nox.Session) -> None:
+    """Every kernel against its reference, and every Triton kernel compiled for GPUs that need not be here."""
+    install(session, "ds-kernels[test]", *GROUPS["test"])
+    session.run("ds-kernels", "info")
+    session.run("ds-kernels", "cubins")
+    run_pytest(session, "-q", "packages/ds-kernels/tests/test_conformance.py")
+
+
+@nox.session(requires=["build"], default=False)
 def bench(session: nox.Session) -> None:
     """`-- packages/ds-zero/benchmarks/step.py [flags]` runs one benchmark; without arguments, lists them."""
     scripts = sorted(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ds_kernels import AdamHyper, adam_step_, load
 from ds_kernels.library import open_library
-from ds_kernels.ops.adam import DTYPES, ISAS, OP, make_native, reference, torch_fused
+from ds_kernels.native import DTYPES, ISAS, Native, Options
+from ds_kernels.ops.adam import OP, make_native, reference, torch_fused
 
 F, B = torch.float32, torch.bfloat16
 LISTS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "copies")
@@ -27,9 +28,9 @@ L2 = AdamHyper(lr=1e-2, weight_decay=0.1, decoupled=False, maximize=True)
 def natives() -> dict[str, Callable[..., None]]:
     """The native op under every instruction set that this processor has."""
     handle = open_library("adam").handle
-    here = [isa for i, isa in enumerate(ISAS) if i and handle.ds_adam_has_isa(i)]
+    here = Native(handle).isas()
     print(f"instruction sets here: {here}; not tested: {sorted({*ISAS[1:]} - {*here})}")
-    return {isa: make_native(handle, isa) for isa in here}
+    return {isa: make_native(Native(handle, Options(isa))) for isa in here}
 
 
 def data(
@@ -369,8 +370,8 @@ def test_bad_hyper(name: str, value: float) -> None:
 
 def test_missing_instruction_set_is_an_error() -> None:
     handle = open_library("adam").handle
-    absent = next(isa for i, isa in enumerate(ISAS) if i and not handle.ds_adam_has_isa(i))
-    with pytest.raises(RuntimeError, match="no such instruction set"):
-        make_native(handle, absent)(*data((4,), F, F, None), [1], **asdict(ADAMW))
+    absent = next(isa for i, isa in enumerate(ISAS) if i and not handle.ds_has_isa(i))
+    with pytest.raises(ValueError, match="no such instruction set"):
+        Native(handle, Options(absent))
     with pytest.raises(ValueError, match="sse9"):
-        make_native(handle, "sse9")
+        Options("sse9")

@@ -27,7 +27,7 @@ def test_neon_writes_the_bits_of_scalar(tmp_path: Path) -> None:
     source = Path(__file__).with_name("neon_check.cpp")
     include = f"-I{build.SOURCES / 'adam'}"
     subprocess.run(
-        [compiler, *FLAGS, "-static", include, str(source), "-o", str(program)],
+        [compiler, *FLAGS, "-static", *include, str(source), "-o", str(program)],
         check=True,
         capture_output=True,
         timeout=120,

@@ -25,11 +25,12 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "sources"
 PREBUILT = HERE / "prebuilt"
 
-# -ffp-contract=off is part of the contract: every implementation gives the same bits (sources/adam/vector.h).
+# -ffp-contract=off is part of the contract: every implementation gives the same bits (common/vector.h).
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", "-fvisibility=hidden", "-ffp-contract=off"),
-    *("-fno-math-errno", "-fno-exceptions", "-fno-rtti", "-Wl,--as-needed"),
+    *("-fno-math-errno", "-fno-trapping-math", "-fno-exceptions", "-fno-rtti", "-Wl,--as-needed"),
 )
+COMMON = "common"  # the folder of headers that families share
 ADVICE = (
     "Install g++ (Debian and Ubuntu: apt install g++) or point CXX at a C++17 compiler with OpenMP; "
     "DS_KERNELS=reference takes the reference on purpose and says nothing."
@@ -76,7 +77,8 @@ def cache_root() -> Path:
 def source_key(family: str) -> str:
     """Hash of what the library means: sources, headers, flags, machine. Independent of the compiler."""
     digest = hashlib.sha256(repr((FLAGS, platform.system(), platform.machine())).encode())
-    for path in sorted(_sources(family) + list((SOURCES / family).glob("*.h"))):
+    headers = [path for folder in (family, COMMON) for path in (SOURCES / folder).glob("*.h")]
+    for path in sorted(_sources(family) + headers):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -188,12 +190,17 @@ def _sweep(out: Path) -> None:
 
 
 def _compile(family: str, work: Path, using: Compiler) -> Path:
-    cxx = _escaped(shlex.join(using.command))
+    cxx = f"{_escaped(shlex.join(using.command))} {' '.join(FLAGS)}"
+    include = " ".join(f"-I{_escaped(shlex.quote(str(SOURCES / name)))}" for name in (family, COMMON))
+    objects = {f"{source.stem}.o": _escaped(str(source)) for source in _sources(family)}
     lines = [
         "ninja_required_version = 1.5",
+        "rule object",
+        f"  command = {cxx} {include} -c $in -o $out",
         "rule library",
-        f"  command = {cxx} {' '.join(FLAGS)} $in -o $out",
-        f"build {library_name(family)}: library {' '.join(_escaped(str(p)) for p in _sources(family))}",
+        f"  command = {cxx} $in -o $out",
+        *(f"build {made}: object {source}" for made, source in objects.items()),
+        f"build {library_name(family)}: library {' '.join(objects)}",
         "",
     ]
     (work / "build.ninja").write_text("\n".join(lines))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ds_kernels.ops.adam import DTYPES, OP, AdamHyper
+from ds_kernels.native import DTYPES
+from ds_kernels.ops.adam import OP, AdamHyper
 from ds_kernels.registry import load
 
 Loss = TypeVar("Loss")

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 
 from ds_kernels.build import ADVICE, BuildError
 from ds_kernels.library import open_library
+from ds_kernels.native import Native, Options
 
-Implementation = Literal["native", "torch", "reference"]
+Implementation = Literal["native", "triton", "torch", "reference"]
+Function = Callable[..., Any]
 NAMESPACE = "ds"
+# What is taken on a device, the first that can be had.
+ORDER: Mapping[str, tuple[Implementation, ...]] = {
+    "cpu": ("native", "torch", "reference"),
+    "cuda": ("triton", "torch", "reference"),
+}
 
 # family -> the module that defines its ops
-_FAMILIES = {"adam": "ds_kernels.ops.adam"}
+FAMILIES = {"adam": "ds_kernels.ops.adam"}
 _log = logging.getLogger("ds_kernels")
 
 
@@ -28,29 +36,45 @@ class KernelUnavailable(RuntimeError):
 
 
 class Row(NamedTuple):
-    """One line of the table: what an op runs on a device, and why."""
+    """One line of the table: one implementation of an op on a device, whether it is the one used, and why."""
 
     op: str
     device: str
-    implementation: str
+    implementation: Implementation
+    used: bool
     why: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """An op's contract: schema and reference first, fast ones later. Dispatch is torch.library's, not ours.
 
-    `natives` maps a device type to a function from the loaded library to the op's implementation there;
-    `torch_natives` maps one to an implementation made of torch's own fused operators.
+    `native` and `triton` get what holds the code (the loaded library; the module <family>_triton.py of the
+    family's folder) and give the implementation for CPU and for GPU tensors; `torch` maps a device type to
+    one made of torch's own fused operators. `backward` and `saves` are what register_autograd takes.
+    `bound(args, kwargs, wanted)`: how far every output and every written argument, in that order, may be from
+    the reference's, as tensors or numbers; without it all implementations give the same bits.
     """
 
     name: str
     schema: str  # without the name: "(Tensor(a!)[] params, ...) -> ()"
     family: str  # folder under kernels/
-    reference: Callable[..., Any]  # runs on any device
-    fake: Callable[..., Any]  # checks and output shapes only, for tracing
-    natives: dict[str, Callable[[Any], Callable[..., Any]]] = field(default_factory=dict)
-    torch_natives: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    reference: Function  # runs on any device
+    fake: Function  # checks and output shapes only, for tracing
+    native: Callable[[Native], Function] | None = None
+    triton: Callable[[Any], Function] | None = None
+    torch: Mapping[str, Function] = field(default_factory=dict)
+    backward: Function | None = None
+    saves: Function | None = None
+    bound: Function | None = None
+
+    def offers(self, implementation: Implementation, device: str) -> bool:
+        """Is there code of this kind for a device at all?"""
+        if implementation == "native":
+            return self.native is not None and device == "cpu"
+        if implementation == "triton":
+            return self.triton is not None and (device == "cuda" or interpreting())
+        return implementation == "reference" or device in self.torch
 
 
 class Registry:
@@ -58,11 +82,11 @@ class Registry:
 
     def __init__(self) -> None:
         self.kernels: dict[str, Kernel] = {}
-        self.chosen: dict[tuple[str, str], tuple[Implementation, str]] = {}
+        self.chosen: dict[tuple[str, str], tuple[Row, ...]] = {}  # (family, device) -> a row for each op
         self._owners: list[torch.library.Library] = []
 
-    def add(self, kernel: Kernel) -> Callable[..., Any]:
-        """Give torch the schema, the reference and the fake; return the op."""
+    def add(self, kernel: Kernel) -> Function:
+        """Give torch the schema, the reference, the fake and the gradient; return the op."""
         if kernel.name in self.kernels:
             raise ValueError(
                 f"kernel {kernel.name!r} is already defined, by family {self.kernels[kernel.name].family!r}"
@@ -70,29 +94,39 @@ class Registry:
         library = self._owner("FRAGMENT")
         library.define(kernel.name + kernel.schema)
         library.impl(kernel.name, kernel.reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{NAMESPACE}::{kernel.name}", kernel.fake, lib=library)
+        name = f"{NAMESPACE}::{kernel.name}"
+        torch.library.register_fake(name, kernel.fake, lib=library)
+        if kernel.backward is not None:
+            torch.library.register_autograd(name, kernel.backward, setup_context=kernel.saves, lib=library)
         self.kernels[kernel.name] = kernel
-        op: Callable[..., Any] = getattr(getattr(torch.ops, NAMESPACE), kernel.name).default
+        op: Function = getattr(getattr(torch.ops, NAMESPACE), kernel.name).default
         return op
 
-    def choose(self, family: str, device: str, forced: str | None) -> tuple[Implementation, str]:
-        """Register the best implementation of the family's ops for a device type. Raises BuildError."""
-        if forced == "reference":
-            return "reference", "DS_KERNELS=reference"
-        kernels = [kernel for kernel in self.kernels.values() if kernel.family == family]
-        if any(device in kernel.natives for kernel in kernels):
-            found = open_library(family)
-            for kernel in kernels:
-                native = kernel.natives[device](found.handle)
-                self._owner("IMPL").impl(kernel.name, native, device.upper())
-            return "native", found.origin
-        if forced == "native":
-            raise BuildError(family, f"there is no native implementation for device {device!r}")
-        if any(device in kernel.torch_natives for kernel in kernels):
-            for kernel in kernels:
-                self._owner("IMPL").impl(kernel.name, kernel.torch_natives[device], device.upper())
-            return "torch", "torch's own fused operators"
-        return "reference", f"no other implementation for device {device!r}"
+    def of(self, family: str) -> list[Kernel]:
+        """The family's kernels, which are defined now if they were not."""
+        import_module(FAMILIES[family])
+        return [kernel for kernel in self.kernels.values() if kernel.family == family]
+
+    def choose(self, family: str, device: str, forced: Implementation | None) -> tuple[Row, ...]:
+        """Register the best implementation of each op of the family for a device type."""
+        rows = []
+        for kernel in self.of(family):
+            failed = []  # what is written but cannot be had
+            for implementation in (forced,) if forced else ORDER[device]:
+                function, why = implement(kernel, implementation, device)
+                if function is not None:
+                    break
+                if kernel.offers(implementation, device):
+                    failed.append(f"no {implementation} one: {why}")
+            else:
+                raise KernelUnavailable(
+                    f"{kernel.name} has no {forced} implementation for {device}: {why}\n{ADVICE}"
+                )
+            if implementation != "reference":
+                self._owner("IMPL").impl(kernel.name, function, device.upper())
+            why = "; ".join(failed) or why
+            rows.append(Row(f"{NAMESPACE}::{kernel.name}", device, implementation, True, why))
+        return tuple(rows)
 
     def _owner(self, kind: Literal["FRAGMENT", "IMPL"]) -> Any:
         """A torch.library.Library that lives as long as we do: with its owner goes a registration."""
@@ -107,59 +141,106 @@ def registry() -> Registry:
     return Registry()
 
 
-def define(kernel: Kernel) -> Callable[..., Any]:
+def define(kernel: Kernel) -> Function:
     """Make `torch.ops.ds.<name>` exist, with its reference; called once per op, by the module stating it."""
     return registry().add(kernel)
 
 
-def load(family: str, device: torch.device, *, strict: bool = False) -> Implementation:
-    """Get the family's fast implementation for a device, and say which it is.
+def implement(kernel: Kernel, implementation: Implementation, device: str) -> tuple[Function | None, str]:
+    """One implementation of a kernel, or None, and why (not). May build, the first time."""
+    if not kernel.offers(implementation, device):
+        return None, f"not written for {device}"
+    if implementation == "native" and kernel.native is not None:
+        return _native(kernel, kernel.native)
+    if implementation == "triton" and kernel.triton is not None:
+        if importlib.util.find_spec("triton") is None:
+            return None, "triton is not installed: pip install triton"
+        how = "interpreted, for tests" if interpreting() else "compiled by triton on first use"
+        return kernel.triton(triton_module(kernel.family)), how
+    if implementation == "torch":
+        return kernel.torch[device], "torch's own fused operators"
+    return kernel.reference, "always there"
 
-    Called in constructors, never on the hot path: the first call may build, about three seconds. When nothing
-    fast is to be had the reference is used, and one warning shows the compiler's own first error.
-    DS_KERNELS=reference or native forces the choice.
-    Raises: KernelUnavailable if `strict` or DS_KERNELS=native and the native implementation cannot be had.
+
+def _native(kernel: Kernel, make: Callable[[Native], Function]) -> tuple[Function | None, str]:
+    try:
+        found = open_library(kernel.family)
+    except BuildError as error:
+        return None, error.reason
+    native = Native(found.handle, Options.from_environment())
+    return make(native), f"{found.origin}; {native.isa}"
+
+
+def triton_module(family: str) -> Any:
+    """The module with a family's Triton kernels."""
+    return import_module(f"ds_kernels.sources.{family}.{family}_triton")
+
+
+def interpreting() -> bool:
+    """Does Triton run on the CPU here (TRITON_INTERPRET=1, set before the first use)?"""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def load(family: str, device: torch.device, *, strict: bool = False) -> tuple[Row, ...]:
+    """Get the fast implementations of a family's ops for a device, and say which they are and why.
+
+    Called in constructors, never on the hot path: the first call may build, a few seconds. When nothing fast
+    is to be had the reference is used, and one warning shows the compiler's own first error.
+    DS_KERNELS=reference, torch, triton or native forces the choice.
+    Raises: KernelUnavailable if what is forced cannot be had; if `strict` and an op gets only its reference.
     """
     forced = _forced()
-    if family not in _FAMILIES:
-        raise LookupError(f"no kernel family {family!r}; there are: {', '.join(_FAMILIES)}")
-    import_module(_FAMILIES[family])
-    table = registry().chosen
-    slot = (family, device.type)
-    if slot not in table:
-        try:
-            table[slot] = registry().choose(family, device.type, forced)
-        except BuildError as error:
-            if strict or forced == "native":
-                raise KernelUnavailable(str(error)) from error
-            table[slot] = ("reference", error.reason)
-            _log.warning(
-                "%s kernels: using the torch reference, because %s\n%s", family, error.reason, ADVICE
+    if family not in FAMILIES:
+        raise LookupError(f"no kernel family {family!r}; there are: {', '.join(FAMILIES)}")
+    table, slot = registry().chosen, (family, device.type)
+    if slot not in table and device.type not in ORDER:
+        table[slot] = tuple(
+            Row(
+                f"{NAMESPACE}::{kernel.name}",
+                device.type,
+                "reference",
+                True,
+                "there is nothing else for this device",
             )
-    implementation, why = table[slot]
-    if implementation == "reference" and (strict or forced == "native"):
-        raise KernelUnavailable(
-            f"strict loading of {family!r} for {device.type}: only the reference is there: {why}"
+            for kernel in registry().of(family)
         )
-    return implementation
-
-
-def report() -> list[Row]:
-    """One row per op and device: which implementation it gets here and why. Loads, and so may build."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    rows = []
-    for family, module in _FAMILIES.items():
-        import_module(module)
-        for device in devices:
-            load(family, torch.device(device))
-            implementation, why = registry().chosen[family, device]
-            ops = [kernel.name for kernel in registry().kernels.values() if kernel.family == family]
-            rows += [Row(f"{NAMESPACE}::{op}", device, implementation, why) for op in ops]
+    if slot not in table:
+        table[slot] = registry().choose(family, device.type, forced)
+        failed = [row.why for row in table[slot] if row.why.startswith("no ")]
+        if failed and not strict:
+            _log.warning("%s kernels: slower than they could be, with %s\n%s", family, failed[0], ADVICE)
+    rows = table[slot]
+    for row in rows:
+        if strict and row.implementation == "reference":
+            raise KernelUnavailable(
+                f"strict loading of {family!r}: {row.op} on {device.type} has only its reference: {row.why}\n"
+                + ADVICE
+            )
     return rows
 
 
-def _forced() -> str | None:
+def report() -> list[Row]:
+    """Every implementation of every op on the devices here, and why (not). Loads, and so may build."""
+    return [row for family in FAMILIES for row in _report(family)]
+
+
+def _report(family: str) -> Iterator[Row]:
+    for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
+        for used in load(family, torch.device(device)):
+            kernel = registry().kernels[used.op.partition("::")[2]]
+            for implementation in dict.fromkeys((*ORDER[device], used.implementation)):
+                if implementation == used.implementation:
+                    yield used
+                    continue
+                found, why = implement(kernel, implementation, device)
+                why = f"{why}; {used.implementation} comes first" if found is not None else why
+                yield Row(used.op, device, implementation, False, why)
+
+
+def _forced() -> Implementation | None:
     wanted = os.environ.get("DS_KERNELS") or None
-    if wanted not in (None, "reference", "native"):
-        raise ValueError(f"DS_KERNELS={wanted!r}: allowed are 'reference', 'native', or leave it unset")
-    return wanted
+    if wanted not in (None, "reference", "torch", "triton", "native"):
+        raise ValueError(
+            f"DS_KERNELS={wanted!r}: allowed are 'reference', 'torch', 'triton', 'native', or leave it unset"
+        )
+    return cast(Implementation | None, wanted)

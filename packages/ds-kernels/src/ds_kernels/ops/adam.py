@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_kernels.check import names, refuse
+from ds_kernels.native import DTYPES, Native, address, code, pointers, written
 from ds_kernels.registry import Kernel, define
 
 NAME = "adam_step_"
@@ -20,10 +21,6 @@ SCHEMA = (
     "Tensor(d!)[] copies, int[] steps, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
     "bool decoupled, bool maximize, Tensor? grad_coef=None) -> ()"
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = ("auto", "scalar", "avx2", "avx512", "neon")
-
-_STATUS = {1: "bad argument", 2: "this processor has no such instruction set", 3: "out of memory"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +194,7 @@ def check(
             or first.device != device
             or first.layout != torch.strided
         ):
-            wanted = f"strided, on {device}, one dtype of {_names(allowed)} for the whole list"
+            wanted = f"strided, on {device}, one dtype of {names(allowed)} for the whole list"
             kind = (first.dtype if first.dtype in allowed else allowed[0], device, torch.strided)
             _refuse(name, tensors, wanted, [(t.dtype, t.device, t.layout) == kind for t in tensors])
         if moment and [t.shape for t in tensors] != shapes:
@@ -227,13 +224,7 @@ def check_apart(written: Sequence[Sequence[int]]) -> None:
 
 def _refuse(name: str, tensors: Sequence[Tensor], wanted: str, fits: Sequence[bool]) -> None:
     at = fits.index(False)
-    bad = tensors[at]
-    shown = f"shape {tuple(bad.shape)}, {_names([bad.dtype])}, {bad.device}, {_names([bad.layout])}"
-    raise ValueError(f"{NAME}: {name}[{at}] is {shown}; wanted: {wanted}")
-
-
-def _names(values: Sequence[object]) -> str:
-    return ", ".join(str(value).removeprefix("torch.") for value in values)
+    refuse(NAME, f"{name}[{at}]", tensors[at], wanted)
 
 
 def fake(
@@ -299,17 +290,13 @@ class _Call(ctypes.Structure):
     )
 
 
-def make_native(library: Any, isa: str | None = None) -> Callable[..., None]:
-    """The op over a loaded library; `isa` (or DS_KERNELS_ISA) picks the instructions, else the best.
+def make_native(library: Native) -> Callable[..., None]:
+    """The op over the family's library, for CPU tensors.
 
-    The returned function is what torch calls for CPU tensors: the lists are one call, split into cache-sized
-    chunks over torch.get_num_threads() threads, without the interpreter's lock.
+    The lists are one call, split into cache-sized chunks over torch.get_num_threads() threads, without the
+    interpreter's lock.
     """
-    isa = isa or os.environ.get("DS_KERNELS_ISA") or "auto"
-    if isa not in ISAS:
-        raise ValueError(f"Adam: instruction set {isa!r} is not known; allowed are {', '.join(ISAS)}")
-    run = library.ds_adam_step
-    run.argtypes, run.restype = [ctypes.POINTER(_Call)], ctypes.c_int
+    run = library.function("ds_adam_step", ctypes.POINTER(_Call))
 
     def native(
         params: list[Tensor],
@@ -336,7 +323,7 @@ def make_native(library: Any, isa: str | None = None) -> Callable[..., None]:
             reference(*rest, grad_coef=grad_coef, **settings)
         if steps:
             coef = 1.0 if grad_coef is None else float(grad_coef)
-            _run_native(run, lists, steps, hyper, -coef if hyper.maximize else coef, ISAS.index(isa))
+            _run_native(run, lists, steps, hyper, -coef if hyper.maximize else coef, library.isa_code)
 
     return native
 
@@ -351,35 +338,31 @@ def _is_flat(tensors: Sequence[Tensor]) -> bool:
 
 
 def _run_native(
-    run: Callable[..., int],
+    run: Callable[..., None],
     lists: list[list[Tensor]],
     steps: list[int],
     hyper: AdamHyper,
     coef: float,
     isa: int,
 ) -> None:
-    pointers = [array("q", [t.data_ptr() for t in part]) for part in lists]
-    check_apart([part for i, part in enumerate(pointers) if i != 1])
+    places = [pointers(part) for part in lists]
+    check_apart([part for i, part in enumerate(places) if i != 1])
     numels = array("q", [t.numel() for t in lists[0]])
     scales = {t: (hyper.step_size(t), hyper.denom_scale(t)) for t in set(steps)}
     step_sizes, denom_scales = (array("f", [scales[t][k] for t in steps]) for k in (0, 1))
-    addresses = [part.buffer_info()[0] for part in pointers]
     copying = len(lists) == 5
     l2 = not hyper.decoupled and hyper.weight_decay != 0
-    status = run(
+    run(
         _Call(
-            len(steps), *addresses[:4], addresses[4] if copying else None,
-            numels.buffer_info()[0], step_sizes.buffer_info()[0], denom_scales.buffer_info()[0],
+            len(steps), *map(address, places[:4]), address(places[4]) if copying else None,
+            address(numels), address(step_sizes), address(denom_scales),
             coef, 1.0 - hyper.beta1, hyper.beta2, 1.0 - hyper.beta2, hyper.eps,
             hyper.weight_decay if l2 else (1.0 - hyper.lr * hyper.weight_decay if hyper.decoupled else 1.0),
-            DTYPES.index(lists[0][0].dtype), DTYPES.index(lists[1][0].dtype),
-            DTYPES.index(lists[4][0].dtype) if copying else len(DTYPES),
+            code(lists[0][0].dtype), code(lists[1][0].dtype), code(lists[4][0].dtype if copying else None),
             l2, isa, torch.get_num_threads(),
         )
     )  # fmt: skip
-    torch.autograd.graph.increment_version([t for i, part in enumerate(lists) if i != 1 for t in part])
-    if status:
-        raise RuntimeError(f"{NAME}: the native kernel returned {status}: {_STATUS.get(status, 'unknown')}")
+    written([t for i, part in enumerate(lists) if i != 1 for t in part])
 
 
 OP = define(
@@ -389,7 +372,7 @@ OP = define(
         family="adam",
         reference=reference,
         fake=fake,
-        natives={"cpu": make_native},
-        torch_natives={"cuda": torch_fused},
+        native=make_native,
+        torch={"cuda": torch_fused},
     )
 )

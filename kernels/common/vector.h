@@ -85,7 +85,7 @@ struct Avx2 {
   DS_AVX2 static inline F sqrt(F a) { return _mm256_sqrt_ps(a); }
 };
 
-#define DS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl"), always_inline))
+#define DS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"), always_inline))
 struct Avx512 {
   using F = __m512;
   static constexpr int width = 16;

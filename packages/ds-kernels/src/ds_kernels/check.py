@@ -1,0 +1,82 @@
+"""What every op says about arguments that do not fit: a ValueError with op, argument, value, what fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import combinations
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+
+def names(values: Iterable[object]) -> str:
+    """Dtypes, devices and layouts without `torch.`."""
+    return ", ".join(str(value).removeprefix("torch.") for value in values)
+
+
+def shown(tensor: Tensor) -> str:
+    """A tensor in an error message."""
+    dtype, layout = names([tensor.dtype]), names([tensor.layout])
+    return f"shape {tuple(tensor.shape)}, {dtype}, {tensor.device}, {layout}"
+
+
+def refuse(op: str, argument: str, found: Tensor | object, wanted: str) -> NoReturn:
+    """Raise the ValueError."""
+    text = shown(found) if isinstance(found, Tensor) else repr(found)
+    raise ValueError(f"{op}: {argument} is {text}; wanted: {wanted}")
+
+
+def tensor(
+    op: str,
+    argument: str,
+    value: Tensor,
+    *,
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+    shape: Sequence[int | None] | None = None,
+    numel: int | None = None,
+    dims: int | None = None,
+) -> None:
+    """Raise ValueError unless a tensor is strided and as asked; None in `shape` is any size."""
+    wanted = []
+    if dtypes is not None and value.dtype not in dtypes:
+        wanted.append(f"dtype {names(dtypes)}")
+    if device is not None and value.device != device:
+        wanted.append(f"on {device}")
+    if value.layout != torch.strided:
+        wanted.append("strided")
+    if dims is not None and value.dim() < dims:
+        wanted.append(f"at least {dims} dimensions")
+    if shape is not None and (
+        value.dim() != len(shape)
+        or any(want not in (None, have) for have, want in zip(value.shape, shape, strict=True))
+    ):
+        wanted.append(f"shape ({', '.join('any' if n is None else str(n) for n in shape)})")
+    if numel is not None and value.numel() != numel:
+        wanted.append(f"{numel} elements")
+    if wanted:
+        refuse(op, argument, value, "; ".join(wanted))
+
+
+def number(op: str, argument: str, value: float, allowed: str, fits: bool) -> None:
+    """Raise ValueError unless a number fits."""
+    if not fits:
+        raise ValueError(f"{op}: {argument}={value} is not allowed: it must be {allowed}")
+
+
+def apart(op: str, tensors: dict[str, Tensor | None], read: Iterable[str] = ()) -> None:
+    """Raise ValueError when the memory of two of these overlaps; `read` names those not written.
+
+    Exact for contiguous tensors; of others the span from the first to the last element counts.
+    """
+    only_read = set(read)
+    spans = [(*_span(t), name) for name, t in tensors.items() if t is not None and t.numel()]
+    for (_, end, one), (begin, _, other) in combinations(sorted(spans), 2):
+        if begin < end and not {one, other} <= only_read:
+            raise ValueError(f"{op}: {one} and {other} share memory; give each its own")
+
+
+def _span(value: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
