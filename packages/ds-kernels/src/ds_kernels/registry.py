@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 
 from ds_kernels.build import ADVICE, BuildError
-from ds_kernels.library import open_library
+from ds_kernels.library import open_library, outlook
 from ds_kernels.native import Native, Options
 
 Implementation = Literal["native", "triton", "torch", "reference"]
@@ -68,6 +68,11 @@ class Kernel:
     saves: Function | None = None
     bound: Function | None = None
 
+    @property
+    def op(self) -> str:
+        """Its name to torch."""
+        return f"{NAMESPACE}::{self.name}"
+
     def offers(self, implementation: Implementation, device: str) -> bool:
         """Is there code of this kind for a device at all?"""
         if implementation == "native":
@@ -94,10 +99,11 @@ class Registry:
         library = self._owner("FRAGMENT")
         library.define(kernel.name + kernel.schema)
         library.impl(kernel.name, kernel.reference, "CompositeExplicitAutograd")
-        name = f"{NAMESPACE}::{kernel.name}"
-        torch.library.register_fake(name, kernel.fake, lib=library)
+        torch.library.register_fake(kernel.op, kernel.fake, lib=library)
         if kernel.backward is not None:
-            torch.library.register_autograd(name, kernel.backward, setup_context=kernel.saves, lib=library)
+            torch.library.register_autograd(
+                kernel.op, kernel.backward, setup_context=kernel.saves, lib=library
+            )
         self.kernels[kernel.name] = kernel
         op: Function = getattr(getattr(torch.ops, NAMESPACE), kernel.name).default
         return op
@@ -125,7 +131,7 @@ class Registry:
             if implementation != "reference":
                 self._owner("IMPL").impl(kernel.name, function, device.upper())
             why = "; ".join(failed) or why
-            rows.append(Row(f"{NAMESPACE}::{kernel.name}", device, implementation, True, why))
+            rows.append(Row(kernel.op, device, implementation, True, why))
         return tuple(rows)
 
     def _owner(self, kind: Literal["FRAGMENT", "IMPL"]) -> Any:
@@ -148,27 +154,19 @@ def define(kernel: Kernel) -> Function:
 
 def implement(kernel: Kernel, implementation: Implementation, device: str) -> tuple[Function | None, str]:
     """One implementation of a kernel, or None, and why (not). May build, the first time."""
-    if not kernel.offers(implementation, device):
-        return None, f"not written for {device}"
+    there, why = _outlook(kernel, implementation, device)
+    if not there:
+        return None, why
     if implementation == "native" and kernel.native is not None:
-        return _native(kernel, kernel.native)
+        try:
+            found = open_library(kernel.family)
+        except BuildError as error:
+            return None, error.reason
+        native = Native(found.handle, Options.from_environment())
+        return kernel.native(native), f"{found.origin}; {native.isa}"
     if implementation == "triton" and kernel.triton is not None:
-        if importlib.util.find_spec("triton") is None:
-            return None, "triton is not installed: pip install triton"
-        how = "interpreted, for tests" if interpreting() else "compiled by triton on first use"
-        return kernel.triton(triton_module(kernel.family)), how
-    if implementation == "torch":
-        return kernel.torch[device], "torch's own fused operators"
-    return kernel.reference, "always there"
-
-
-def _native(kernel: Kernel, make: Callable[[Native], Function]) -> tuple[Function | None, str]:
-    try:
-        found = open_library(kernel.family)
-    except BuildError as error:
-        return None, error.reason
-    native = Native(found.handle, Options.from_environment())
-    return make(native), f"{found.origin}; {native.isa}"
+        return kernel.triton(triton_module(kernel.family)), why
+    return kernel.reference if implementation == "reference" else kernel.torch[device], why
 
 
 def triton_module(family: str) -> Any:
@@ -196,7 +194,7 @@ def load(family: str, device: torch.device, *, strict: bool = False) -> tuple[Ro
     if slot not in table and device.type not in ORDER:
         table[slot] = tuple(
             Row(
-                f"{NAMESPACE}::{kernel.name}",
+                kernel.op,
                 device.type,
                 "reference",
                 True,
@@ -220,21 +218,40 @@ def load(family: str, device: torch.device, *, strict: bool = False) -> tuple[Ro
 
 
 def report() -> list[Row]:
-    """Every implementation of every op on the devices here, and why (not). Loads, and so may build."""
-    return [row for family in FAMILIES for row in _report(family)]
+    """Every implementation of every op on the devices here, which one is taken, and why. Builds nothing."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    kernels = [kernel for family in FAMILIES for kernel in registry().of(family)]
+    return [row for kernel in kernels for device in devices for row in _report(kernel, device)]
 
 
-def _report(family: str) -> Iterator[Row]:
-    for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
-        for used in load(family, torch.device(device)):
-            kernel = registry().kernels[used.op.partition("::")[2]]
-            for implementation in dict.fromkeys((*ORDER[device], used.implementation)):
-                if implementation == used.implementation:
-                    yield used
-                    continue
-                found, why = implement(kernel, implementation, device)
-                why = f"{why}; {used.implementation} comes first" if found is not None else why
-                yield Row(used.op, device, implementation, False, why)
+def _report(kernel: Kernel, device: str) -> Iterator[Row]:
+    chosen, forced = registry().chosen.get((kernel.family, device), ()), _forced()
+    loaded = next((row for row in chosen if row.op == kernel.op), None)
+    used = loaded.implementation if loaded else None
+    for implementation in dict.fromkeys((*ORDER[device], "triton", *filter(None, (used, forced)))):
+        there, why = _outlook(kernel, implementation, device)
+        if used is None and there and forced in (None, implementation):
+            used = implementation
+        if there and used != implementation:
+            why = f"{why}; DS_KERNELS={forced}" if forced else f"{why}; {used} comes first"
+        row = Row(kernel.op, device, implementation, used == implementation, why)
+        yield loaded if loaded and row.used else row
+
+
+def _outlook(kernel: Kernel, implementation: Implementation, device: str) -> tuple[bool, str]:
+    """Could an implementation be had, and why (not)? Builds and imports nothing."""
+    if not kernel.offers(implementation, device):
+        return False, f"not written for {device}"
+    if implementation == "native":
+        try:
+            return True, outlook(kernel.family)
+        except BuildError as error:
+            return False, error.reason
+    if implementation == "triton" and importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed: pip install triton"
+    return True, {"torch": "torch's own fused operators", "reference": "always there"}.get(
+        implementation, "interpreted, for tests" if interpreting() else "compiled by triton on first use"
+    )
 
 
 def _forced() -> Implementation | None:
