@@ -1,5 +1,6 @@
 """Each package alone, installed from its wheel: what comes with it, and how quiet and quick its import is."""
 
+import json
 import re
 import shutil
 import statistics
@@ -86,3 +87,14 @@ def test_wheel_from_sdist_is_the_same_bytes(tmp_path: Path, package: str):
     assert done.returncode == 0, done.stdout + done.stderr
     built = next((tmp_path / "out").glob("*.whl"))
     assert built.read_bytes() == (DIST / built.name).read_bytes()
+
+
+def test_report_shows_the_kernels():
+    """`ds report`, of ds-core, with the section that ds-kernels adds by name."""
+    command = [sys.executable, "-m", "ds_core.cli.main", "report", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    rows = json.loads(done.stdout)["kernels"]
+    assert {"op", "device", "implementation", "used", "why"} == set(rows[0])
+    used = {row["op"]: row["implementation"] for row in rows if row["used"]}
+    assert "native" in used.values()
+    assert {row["op"] for row in rows} == set(used)

@@ -228,7 +228,8 @@ def _report(kernel: Kernel, device: str) -> Iterator[Row]:
     chosen, forced = registry().chosen.get((kernel.family, device), ()), _forced()
     loaded = next((row for row in chosen if row.op == kernel.op), None)
     used = loaded.implementation if loaded else None
-    for implementation in dict.fromkeys((*ORDER[device], "triton", *filter(None, (used, forced)))):
+    every: list[Implementation] = [*ORDER[device], "native", "triton"]
+    for implementation in dict.fromkeys(every):
         there, why = _outlook(kernel, implementation, device)
         if used is None and there and forced in (None, implementation):
             used = implementation
