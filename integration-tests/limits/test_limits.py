@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +16,43 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_core import JointOptimizer, ReplicatedOwner, ShardedOptimizer, Topology
+from ds_core import (
+    CheckpointStore,
+    JointOptimizer,
+    ReplicatedOwner,
+    ShardedOptimizer,
+    Topology,
+    checkpoint_blocks,
+)
 from ds_core.ground.codec import CastCodec
 from ds_core.ground.mesh import Mesh
-from ds_core.limits import ACROSS_NODES, STAGES, combos, tests
+from ds_core.limits import ACROSS_NODES, STAGES, at_stage, combos, tests
 from ds_core.state.owner import FlatOwner
+from ds_core.state.unit import FlatUnit, gather_shards
 from ds_core.testing.distributed import run_ranks
 from ds_core.testing.models import CASES, TinyLM
 from ds_core.testing.parity import assert_close_norm
-from ds_zero import EMA, Zero, full_grad, full_tensor, no_sync
+from ds_zero import EMA, Zero, compile_blocks, gather, no_sync
 
 CASE = CASES["tied"]
 ROOT = Path(__file__).parents[2]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DECAY = 0.75
-STEPS = 2
 # Unit roundoff of what gradients are rounded to on the wire. A gradient is rounded once there, and at stage
 # 0 once more in the one addition that two ranks need (across replicas, too); its parts come from autograd
 # rounded on both sides.
 ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 ROUNDINGS = 2
+# What is done with the joined objects, or joined later: an owner cannot see it.
+DONE = frozenset({"loss scale", "accumulation", "no_sync", "several optimizers", "EMA", "other world"})
+DONE |= {"reentrant", "non-reentrant"}
+# How `checkpoint_blocks` is called, by stage: each choice of blocks and of where inputs are kept.
+POLICIES: list[dict[str, Any]] = [
+    {},
+    {"which": 2},
+    {"which": r"blocks.1$", "keep": functools.partial(torch.autograd.graph.save_on_cpu)},
+    {"keep": functools.partial(torch.autograd.graph.save_on_cpu)},
+]
 
 
 class Checkpointed(TinyLM):
@@ -81,7 +100,25 @@ def sgd(model: nn.Module, features: frozenset[str]) -> torch.optim.Optimizer:
     return kind(params, lr=0.1, momentum=0.9)
 
 
-def join(features: frozenset[str], stage: int, mesh: Mesh) -> tuple[nn.Module, ShardedOptimizer, FlatOwner]:
+@dataclass
+class Run:
+    """What was joined, and the share of the data that is this rank's."""
+
+    model: nn.Module
+    optimizer: ShardedOptimizer
+    owner: FlatOwner
+    ema: EMA | None
+    rank: int
+    ranks: int
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """Of a checkpoint."""
+        found = {"model": self.owner, "optimizer": self.optimizer}
+        return found | ({"ema": self.ema} if self.ema is not None else {})
+
+
+def join(features: frozenset[str], stage: int, mesh: Mesh) -> Run:
     real = build(features)
     if "meta" in features:
         with torch.device("meta"):
@@ -98,59 +135,95 @@ def join(features: frozenset[str], stage: int, mesh: Mesh) -> tuple[nn.Module, S
             if to is not None and value is not None:
                 to.copy_(value)
 
-    optimizer = sgd(model, features)
+    if "compile" in features:  # inductor has a row in ../parity/test_compile.py
+        compile_blocks(model, backend="aot_eager", fullgraph=True)
+    if "recompute" in features:
+        checkpoint_blocks(model, **POLICIES[stage])
+    owner = shard(features, stage, mesh, model, initializer)
+    assert features - DONE <= owner.features
+    optimizer = ShardedOptimizer(sgd(model, features), owner)
+    ema = EMA(model, DECAY) if "EMA" in features else None
+    return Run(model, optimizer, owner, ema, mesh.rank("data"), mesh.size("data"))
+
+
+def shard(
+    features: frozenset[str], stage: int, mesh: Mesh, model: nn.Module, initializer: Callable[..., None]
+) -> FlatOwner:
     dtype = next((DTYPES[name] for name in features if name in DTYPES), None)
     dtype = torch.float16 if "loss scale" in features else dtype
     name = None if dtype is None else str(dtype).removeprefix("torch.")
-    cut = "whole" if "whole cut" in features else "flat"
+    settings: dict[str, Any] = {
+        "cut": "whole" if "whole cut" in features else "flat",
+        "keep_fp32": ("*norm*",) if "keep_fp32" in features else (),
+        "leaves": ("blocks",) if "leaves" in features else (),
+        "bucket_numel": 100,
+    }
     reduce = CastCodec(torch.bfloat16) if "reduce codec" in features else None
-    owner: FlatOwner
     if stage == 0:
-        owner = ReplicatedOwner(model, mesh, dtype=dtype, cut=cut, reduce=reduce, bucket_numel=100)
-    else:
-        owner = Zero(
-            stage=stage,
-            dtype=name,
-            cut=cut,
-            bucket_numel=100,
-            prefetch_numel=600,
-            keep_numel=100,
-            persist_numel=200 if "persist" in features else 0,
-            secondary_shard="second shard" in features,
-            initializer=initializer if "meta" in features else None,
-        ).shard(
-            model,
-            mesh,
-            reduce=reduce,
-            gather=CastCodec(torch.bfloat16) if "gather codec" in features else None,
-        )
-    return model, ShardedOptimizer(optimizer, owner), owner
+        return ReplicatedOwner(model, mesh, dtype=dtype, reduce=reduce, **settings)
+    config = Zero(
+        stage=stage,
+        dtype=name,
+        prefetch_numel=600,
+        keep_numel=100,
+        persist_numel=200 if "persist" in features else 0,
+        secondary_shard="second shard" in features,
+        initializer=initializer if "meta" in features else None,
+        **settings,
+    )
+    wire = CastCodec(torch.bfloat16) if "gather codec" in features else None
+    return config.shard(model, mesh, reduce=reduce, gather=wire)
 
 
-def whole_values(model: nn.Module, owner: FlatOwner) -> dict[str, Tensor]:
-    """What the next forward computes with."""
-    found = {}
-    for name, param in model.named_parameters():
-        unit, _ = owner.place(param)
-        found[name] = param.detach().clone() if unit.keep_whole else full_tensor(param)
+def go_on(run: Run, features: frozenset[str], stage: int, mesh: Mesh, store: CheckpointStore) -> Run:
+    """From a checkpoint, in another world: every master and every average is the same there."""
+    store.save(0, run.parts)
+    other = join(features, stage, mesh)
+    store.load(other.parts)
+    for one, two in zip(states(run), states(other), strict=True):
+        assert one.keys() == two.keys()
+        assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    return other
+
+
+def states(run: Run) -> list[dict[str, Tensor]]:
+    """Masters, and averages where there are any."""
+    found = [masters(run.owner)]
+    if run.ema is not None:
+        with run.ema.applied():
+            found.append(masters(run.owner))
     return found
 
 
-def masters(model: nn.Module) -> dict[str, Tensor]:
-    return {name: full_tensor(p, master=True) for name, p in model.named_parameters() if p.requires_grad}
+def other_world(features: frozenset[str], stage: int) -> tuple[frozenset[str], int]:
+    """What there is of these features without nodes, and the next stage that has all of it."""
+    features -= ACROSS_NODES
+    stages = [(stage + more) % len(STAGES) for more in range(1, 1 + len(STAGES))]
+    after = next(each for each in stages if all(at_stage(name, each).works for name in features))
+    return features, after
 
 
-def gradients(model: nn.Module, owner: FlatOwner) -> dict[str, Tensor]:
-    """Whole gradients, unit by unit where the shards of one axis make the unit, which is faster."""
-    if owner.features & ACROSS_NODES:
-        return {name: found for name, p in model.named_parameters() if (found := full_grad(p)) is not None}
+def whole_values(run: Run) -> dict[str, Tensor]:
+    """What the next forward computes with."""
+    with gather(run.model):
+        return {name: param.detach().clone() for name, param in run.model.named_parameters()}
+
+
+def masters(owner: FlatOwner) -> dict[str, Tensor]:
+    """All of them, and frozen parameters."""
+    owner.settle()
+    return whole(owner, [(unit, unit.values().detach()) for unit in owner.units])
+
+
+def gradients(owner: FlatOwner) -> dict[str, Tensor]:
+    return whole(owner, [(unit, unit.gradient) for unit in owner.trainable if unit.gradient is not None])
+
+
+def whole(owner: FlatOwner, shards: list[tuple[FlatUnit, Tensor]]) -> dict[str, Tensor]:
+    """Every rank's shards together, by parameter; a gather for each unit, not for each parameter."""
     found = {}
-    for unit in owner.trainable:
-        assert unit.gradient is not None
-        flat = unit.gradient
-        if owner.sharded:
-            flat = torch.empty(unit.layout.numel, dtype=unit.gradient.dtype)
-            owner.gather_comm.all_gather(flat, unit.gradient).wait()
+    for unit, shard in shards:
+        flat = gather_shards(owner.gather_comm, unit, shard)
         for slot in unit.layout.slots:
             found[slot.fqn] = flat[slot.start : slot.end].view(slot.shape).clone()
     return found
@@ -179,75 +252,110 @@ def expected_gradients(
     return sums, sizes
 
 
-def train(features: frozenset[str], stage: int, mesh: Mesh) -> None:
-    """Two steps; gradients, masters and averages are compared after each."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    model, optimizer, owner = join(features, stage, mesh)
+class Reference:
+    """Plain SGD and a plain average, which are given the gradients that were compared before."""
+
+    def __init__(self, features: frozenset[str], start: dict[str, Tensor]) -> None:
+        self.model = build(features)
+        with torch.no_grad():
+            for name, value in start.items():
+                self.model.get_parameter(name).copy_(value)
+        self.optimizer = sgd(self.model, features)
+        self.average = dict(start)
+
+    def step(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, gradient in gradients.items():
+            self.model.get_parameter(name).grad = gradient
+        self.optimizer.step()
+        return {name: param.detach() for name, param in self.model.named_parameters()}
+
+    def follow(self, now: dict[str, Tensor]) -> None:
+        """The average of the very masters that were compared before."""
+        self.average = {n: value + (1 - DECAY) * (now[n] - value) for n, value in self.average.items()}
+
+
+@dataclass
+class Worlds:
+    """Where runs are joined: here, and where half as many ranks share the data."""
+
+    here: Mesh
+    other: Mesh
+    store: CheckpointStore
+
+
+def train(features: frozenset[str], stage: int, worlds: Worlds) -> None:
+    """Two steps here, and of some one in another world and one here again; each is compared."""
+    run = join(features, stage, worlds.here)
+    reference = Reference(features, masters(run.owner))
+    for step in range(2):
+        compare(run, features, step, reference)
+    if "other world" in features:
+        run = go_on(run, *other_world(features, stage), worlds.other, worlds.store)
+        compare(run, features, 2, reference)
+        run = go_on(run, features, stage, worlds.here, worlds.store)
+        compare(run, features, 3, reference)
+
+
+def compare(run: Run, features: frozenset[str], step: int, reference: Reference) -> None:
+    """One step, whose gradients, masters and averages are compared."""
     scale = 2.0**6 if features & {"fp16", "loss scale"} else 1.0
-    micros = 2 if features & {"accumulation", "no_sync"} else 1
-    ema = EMA(model, DECAY) if "EMA" in features else None
-    plain = build(features)
-    with torch.no_grad():
-        for name, value in masters(model).items():
-            plain.get_parameter(name).copy_(value)
-    stepping = sgd(plain, features)
-    average = {name: value.clone() for name, value in masters(model).items()}
-    rounded = [owner.trainable[0].dtype, torch.bfloat16 if "reduce codec" in features else torch.float32]
-    unit = max(ROUNDOFF.get(dtype, 0.0) for dtype in rounded)
-    for step in range(STEPS):
-        seeds = [10 * step + micro for micro in range(micros)]
-        expected, sizes = expected_gradients(features, whole_values(model, owner), seeds, ranks, scale)
-        for number, seed in enumerate(seeds):
-            hold = "no_sync" in features and number + 1 < micros
-            with no_sync(model) if hold else contextlib.nullcontext():
-                (loss,) = CASE.losses(model, CASE.rank_batch(seed, rank, ranks))
-                (loss * scale / micros).backward()
-        optimizer.show_grads()
-        for gradient in optimizer.gradients():
-            gradient.div_(scale)
-        found = gradients(model, owner)
-        assert found.keys() == expected.keys()
-        for name, gradient in found.items():
-            gap = float((gradient.double() - expected[name].double()).norm())
-            bound = (ROUNDINGS * unit + 1e-5) * sizes[name]
-            assert gap <= bound, f"{name} in step {step}: ||d|| = {gap:.2e} > {bound:.2e}"
-        optimizer.step()
-        optimizer.zero_grad()
-        for name, gradient in found.items():
-            plain.get_parameter(name).grad = gradient
-        stepping.step()
-        now = masters(model)
-        assert_close_norm(now, {name: plain.get_parameter(name).detach() for name in now}, 1e-6)
-        average = {name: value + (1 - DECAY) * (now[name] - value) for name, value in average.items()}
-        if ema is not None:
-            with ema.applied():
-                assert_close_norm(masters(model), average, 1e-6)
+    seeds = [10 * step + micro for micro in range(2 if features & {"accumulation", "no_sync"} else 1)]
+    ranks = dist.get_world_size()
+    expected, sizes = expected_gradients(features, whole_values(run), seeds, ranks, scale)
+    each = ranks // run.ranks  # of the parts of a batch
+    mine = [(seed, run.rank * each + part) for seed in seeds for part in range(each)]
+    for number, (seed, part) in enumerate(mine, 1):
+        hold = "no_sync" in features and number < len(mine)
+        with no_sync(run.model) if hold else contextlib.nullcontext():
+            (loss,) = CASE.losses(run.model, CASE.rank_batch(seed, part, ranks))
+            (loss * scale / len(mine)).backward()
+    run.optimizer.show_grads()
+    for gradient in run.optimizer.gradients():
+        gradient.div_(scale)
+    found = gradients(run.owner)
+    assert found.keys() == expected.keys()
+    rounded = {unit.dtype for unit in run.owner.trainable}
+    rounded |= {torch.bfloat16} if "reduce codec" in features else set()
+    roundoff = max(ROUNDOFF.get(dtype, 0.0) for dtype in rounded)
+    for name, gradient in found.items():
+        gap = float((gradient.double() - expected[name].double()).norm())
+        bound = (ROUNDINGS * roundoff + 1e-5) * sizes[name]
+        assert gap <= bound, f"{name} in step {step}: ||d|| = {gap:.2e} > {bound:.2e}"
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    now = masters(run.owner)
+    assert_close_norm(now, reference.step(found), 1e-6)
+    reference.follow(now)
+    if run.ema is not None:
+        with run.ema.applied():
+            assert_close_norm(masters(run.owner), reference.average, 1e-6)
 
 
 def chosen(stage: int, *, across: bool) -> list[frozenset[str]]:
     return [features for features in combos(stage) if bool(features & ACROSS_NODES) == across]
 
 
-def every_combination(stage: int, across: bool) -> int:
-    mesh = Topology(dp_replicate=2, dp_shard=2).build() if across else Topology().build()
+def every_combination(stage: int, across: bool, folder: Path) -> int:
+    mesh = Topology(dp_replicate=2) if across else Topology()
+    worlds = Worlds(mesh.build(), Topology(tp=2).build(), CheckpointStore(folder, keep=1))
     for features in chosen(stage, across=across):
         try:
-            train(features, stage, mesh)
+            train(features, stage, worlds)
         except Exception as fault:
             raise AssertionError(f"stage {stage}, {' with '.join(sorted(features))}: {fault}") from fault
     return len(chosen(stage, across=across))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_goes_together_equals_the_unsharded_model(stage: int) -> None:
+def test_what_goes_together_equals_the_unsharded_model(stage: int, tmp_path: Path) -> None:
     """The masters are held to plain SGD on the very gradients that were compared before."""
-    done = run_ranks(every_combination, 2, timeout=120.0, stage=stage, across=False)
+    done = run_ranks(every_combination, 2, timeout=120.0, stage=stage, across=False, folder=tmp_path)
     assert done == [len(chosen(stage, across=False))] * 2
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_goes_with_replicas_equals_the_unsharded_model(stage: int) -> None:
-    done = run_ranks(every_combination, 4, timeout=120.0, stage=stage, across=True)
+def test_what_goes_with_replicas_equals_the_unsharded_model(stage: int, tmp_path: Path) -> None:
+    done = run_ranks(every_combination, 4, timeout=120.0, stage=stage, across=True, folder=tmp_path)
     assert done == [len(chosen(stage, across=True))] * 4
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ds_core import DynamicScale, Engine, ReplicatedOwner, ShardedOptimizer
+from ds_core import DynamicScale, Engine, ReplicatedOwner, ShardedOptimizer, checkpoint_blocks
 from ds_core.ground.codec import CastCodec
 from ds_core.limits import APART, FEATURES, STAGES, Cell, at_stage, combos, page, refuse, together
+from ds_core.state.forwards import swapped_in
 from ds_core.testing.models import CASES
 
 
@@ -63,6 +64,12 @@ def test_what_an_owner_sees() -> None:
     owner = ReplicatedOwner(model, dtype="bfloat16", reduce=CastCodec(torch.float32), cut="whole")
     assert owner.features == {"bf16", "tied", "frozen", "reduce codec", "whole cut"}
     assert ReplicatedOwner(CASES["mlp"].build()).features == {"fp32"}
+    model = CASES["mlp"].build()
+    again = checkpoint_blocks(model)
+    owner = ReplicatedOwner(model, dtype="float16", keep_fp32=("*norm*",), leaves=("blocks",))
+    assert owner.features == {"fp16", "keep_fp32", "leaves", "recompute"}
+    again.remove()
+    assert swapped_in(model) == set()
     assert ReplicatedOwner(CASES["mixed_dtypes"].build()).features == set()
     assert ReplicatedOwner(CASES["mlp"].build().to(torch.bfloat16)).features == {"bf16"}
 

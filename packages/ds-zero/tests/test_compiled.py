@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from ds_core.state.forwards import ForwardSwap, choose_blocks
-from ds_zero import compile_blocks
+from ds_zero import Zero, compile_blocks
 
 
 def test_blocks_are_chosen_by_number_pattern_and_function() -> None:
@@ -20,7 +20,7 @@ def test_blocks_are_chosen_by_number_pattern_and_function() -> None:
 
     def chosen(which: Any) -> list[str]:
         model = Plus()
-        swap = ForwardSwap().put(choose_blocks(model, which).values(), lambda forward: forward)
+        swap = ForwardSwap("compile").put(choose_blocks(model, which).values(), lambda forward: forward)
         found = [name for name, module in model.named_modules() if "forward" in vars(module)]
         swap.remove()
         swap.remove()
@@ -45,5 +45,6 @@ def test_compiling_chosen_blocks_can_be_taken_back() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     compiled = compile_blocks(model, 2)
     assert ["forward" in vars(block) for block in model] == [True, False]
+    assert Zero(stage=1).shard(model).features == {"fp32", "compile"}
     compiled.remove()
     assert not any("forward" in vars(block) for block in model)

@@ -91,6 +91,15 @@ FEATURES: Mapping[str, Feature] = {
         "`Zero(secondary_shard=True)`, on a mesh with replicas",
         (_NO_SECOND, _NO_SECOND, _NO_SECOND, Cell(_REPLICAS)),
     ),
+    "keep_fp32": Feature("`Zero(keep_fp32=...)`: parameters that stay in fp32", _yes(_TOGETHER)),
+    "leaves": Feature("`Zero(leaves=...)`: modules that are never split into units", _yes(_TOGETHER)),
+    "recompute": Feature(
+        "`checkpoint_blocks(model)`, whichever blocks, with or without `keep`", _yes(_TOGETHER)
+    ),
+    "compile": Feature("`compile_blocks(model)`", _yes(_TOGETHER)),
+    "other world": Feature(
+        "going on from a checkpoint at another world size and stage, and back", _yes(_TOGETHER)
+    ),
     "EMA": Feature("an exponential moving average of the masters", _yes(_TOGETHER)),
 }
 

@@ -18,4 +18,5 @@ def compile_blocks(model: nn.Module, which: Choice = None, **options: Any) -> Fo
     with it: no graph break more, and one compilation for all blocks of a kind. `fullgraph=True` may be given.
     `which` is as in `choose_blocks`. `remove()` of the result gives the blocks their own forward back.
     """
-    return ForwardSwap().put(choose_blocks(model, which).values(), partial(torch.compile, **options))
+    blocks = choose_blocks(model, which).values()
+    return ForwardSwap("compile").put(blocks, partial(torch.compile, **options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -13,14 +14,19 @@ from ds_core.state.units import blocks_of
 # Which blocks: all (None), every k-th, those that a pattern finds something in the name of, or a function.
 Choice = None | int | str | Callable[[str, nn.Module], bool]
 
+# module -> the features (of ds_core.limits) that run in place of its own forward
+_SWAPPED: WeakKeyDictionary[nn.Module, list[str]] = WeakKeyDictionary()
+
 
 class ForwardSwap:
     """Modules that run something else in place of their own `forward`; `remove()` undoes it, last one first.
 
-    Hooks stay outside: at stage 3 they bring and let go the parameters around whatever runs.
+    Hooks stay outside: at stage 3 they bring and let go the parameters around whatever runs. `feature` is
+    what `ds_core.limits` calls it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, feature: str) -> None:
+        self._feature = feature
         self._before: list[tuple[nn.Module, Any]] = []
 
     def put(self, modules: Iterable[nn.Module], wrap: Callable[[Callable[..., Any]], Any]) -> ForwardSwap:
@@ -28,6 +34,7 @@ class ForwardSwap:
         for module in dict.fromkeys(modules):
             self._before.append((module, module.__dict__.get("forward")))
             module.forward = wrap(module.forward)
+            _SWAPPED.setdefault(module, []).append(self._feature)
         return self
 
     def remove(self) -> None:
@@ -37,6 +44,12 @@ class ForwardSwap:
             del module.forward
             if own is not None:
                 module.forward = own
+            _SWAPPED[module].remove(self._feature)
+
+
+def swapped_in(model: nn.Module) -> set[str]:
+    """The features that any module of the model runs in place of its own forward."""
+    return {feature for module in model.modules() for feature in _SWAPPED.get(module, ())}
 
 
 def choose_blocks(model: nn.Module, which: Choice = None) -> Mapping[str, nn.Module]:

@@ -16,6 +16,7 @@ from ds_core.ground.mesh import Mesh, Topology
 from ds_core.ground.wire import Codec
 from ds_core.limits import refuse
 from ds_core.state.factory import UnitFactory, flatten
+from ds_core.state.forwards import swapped_in
 from ds_core.state.groups import Across, DataGroups
 from ds_core.state.hooks import OwnerHooks, dtype_of, in_backward, outside_of_graphs
 from ds_core.state.layout import Cut
@@ -26,7 +27,7 @@ from ds_core.state.saved import SavedUnits
 from ds_core.state.shard import ChangeGate
 from ds_core.state.store import DeviceStore, Store
 from ds_core.state.unit import FlatUnit, Whole
-from ds_core.state.units import Split, UnitPlan
+from ds_core.state.units import LEAF_MARK, Split, UnitPlan
 
 # parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter.
 # Weak on both sides: an owner holds its parameters, and the model's hooks hold the owner.
@@ -302,8 +303,10 @@ def _features(model: nn.Module, precision: Precision, options: _Options, mesh: M
         "whole cut": options.cut != "flat",
         "reduce codec": options.reduce is not None,
         "gather codec": options.lossy_gather,
+        "keep_fp32": bool(precision.keep_fp32),
+        "leaves": bool(options.leaves) or any(getattr(m, LEAF_MARK, False) for m in model.modules()),
     }
-    return found | {name for name, is_there in there.items() if is_there}
+    return found | swapped_in(model) | {name for name, is_there in there.items() if is_there}
 
 
 def _refuse_owned(model: nn.Module) -> None:

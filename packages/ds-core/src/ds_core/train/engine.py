@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ds_core.ground.settings import Settings
 from ds_core.limits import refuse
+from ds_core.state.forwards import swapped_in
 from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import FlatShard, Json, Saveable, SavedTensor
 from ds_core.train.clip import scale_grads_, square_and_sums
@@ -95,8 +96,8 @@ class Engine:
             raise ValueError(
                 f"a loss scale is for fp16 only, parameters are {owner.precision.param}; leave it out"
             )
-        joined = {"accumulation"} if accumulate > 1 else set()
-        refuse(owner.stage, owner.features | joined | ({"loss scale"} if scaler is not None else set()))
+        joined = owner.features | swapped_in(owner.model) | ({"accumulation"} if accumulate > 1 else set())
+        refuse(owner.stage, joined | ({"loss scale"} if scaler is not None else set()))
         if optimizer.owner is not owner:
             raise ValueError(
                 "the optimizer steps on the parameters of another model: build it from this model's, and "

@@ -41,7 +41,7 @@ def checkpoint_blocks(model: nn.Module, which: Choice = None, *, keep: Keeper | 
 
         return again
 
-    return ForwardSwap().put(choose_blocks(model, which).values(), wrap)
+    return ForwardSwap("recompute").put(choose_blocks(model, which).values(), wrap)
 
 
 class PartitionedInputs:
