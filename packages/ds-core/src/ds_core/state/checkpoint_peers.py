@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_core.ground.mesh import lane_of
+from ds_core.ground.texts import gather_texts
 from ds_core.state.checkpoint_index import SaveError
 
 
@@ -61,16 +62,7 @@ class Peers:
         """
         if self.world == 1:
             return [text]
-        raw = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8).to(self._device)
-        sizes = [
-            int(size) for size in self._gather(torch.tensor([raw.numel()], device=self._device), "texts")
-        ]
-        padded = torch.zeros(max(sizes), dtype=torch.uint8, device=self._device)
-        padded[: raw.numel()] = raw
-        found = self._gather(padded, "texts")
-        return [
-            bytes(values[:size].tolist()).decode().strip() for values, size in zip(found, sizes, strict=True)
-        ]
+        return gather_texts(text, lambda row: self._gather(row, "texts"), self._device)
 
     def _gather(self, row: Tensor, doing: str, late: str | None = None) -> list[Tensor]:
         """`late` is what to raise when others do not come in time; None waits as long as the group does."""

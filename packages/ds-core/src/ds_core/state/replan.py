@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
+from ds_core.ground.texts import exchange
 from ds_core.ground.wire import Communicator
 from ds_core.state.absent import rename_absent
 from ds_core.state.factory import UnitFactory
@@ -24,6 +25,8 @@ from ds_core.state.store import Store
 from ds_core.state.structure import Structure
 from ds_core.state.unit import FlatUnit, Whole, gather_shards
 from ds_core.state.units import UnitPlan
+
+_CHANGED = "what changed"
 
 
 class Follower(Protocol):
@@ -303,7 +306,10 @@ class Replanner:
         seen = self._describe()
         digest = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
         stray = any(param.grad is not None for param in self._owner.model.parameters())
-        answers = [json.loads(text) for text in exchange(self._owner.control, json.dumps([digest, stray]))]
+        answers = [
+            json.loads(text)
+            for text in exchange(self._owner.control, json.dumps([digest, stray]), about=_CHANGED)
+        ]
         if len({answer[0] for answer in answers}) > 1:
             self._name_difference(seen)
         return any(answer[1] for answer in answers)
@@ -336,7 +342,7 @@ class Replanner:
         return seen
 
     def _name_difference(self, seen: list[list[Json]]) -> NoReturn:
-        texts = exchange(self._owner.control, json.dumps(seen))
+        texts = exchange(self._owner.control, json.dumps(seen), about=_CHANGED)
         first, *others = [dict(json.loads(text)) for text in texts]
         for rank, other in enumerate(others, 1):
             for name in [*first, *other]:
@@ -400,18 +406,3 @@ def rename(unit: FlatUnit, plan: UnitPlan) -> None:
     unit.plan, unit.about = plan, plan.about
     for fqn, param in plan.params:
         rename_absent(param, fqn)
-
-
-def exchange(comm: Communicator, text: str, device: torch.device | None = None) -> list[str]:
-    """Every rank's text, by rank. Collective."""
-    raw = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(device or "cpu")
-    sizes = torch.zeros(comm.world, dtype=torch.int64, device=raw.device)
-    sizes[comm.rank] = raw.numel()
-    comm.all_reduce(sizes, about="what changed").wait()
-    widest = int(sizes.max())
-    row = torch.zeros(widest, dtype=torch.uint8, device=raw.device)
-    row[: raw.numel()] = raw
-    rows = torch.empty(widest * comm.world, dtype=torch.uint8, device=raw.device)
-    comm.all_gather(rows, row, about="what changed").wait()
-    parts = zip(rows.view(comm.world, widest), sizes.tolist(), strict=True)
-    return [bytes(part[:size].tolist()).decode() for part, size in parts]

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ds_core.ground.texts import exchange
 from ds_core.state.layout import Overlap
 from ds_core.state.owner import FlatOwner
-from ds_core.state.replan import Place, exchange
+from ds_core.state.replan import Place
 from ds_core.state.shard import Json
 from ds_core.state.unit import FlatUnit
 
@@ -169,7 +170,7 @@ class Holdings:
         ]
         tables, comm = [mine], self.owner.gather_comm
         if any(unit.layout.world > 1 for unit in units):
-            texts = exchange(comm, json.dumps(mine), self.owner.device)
+            texts = exchange(comm, json.dumps(mine), device=self.owner.device, about="optimizer states")
             tables = [json.loads(text) for text in texts]
         self._agreed = {}
         asides: list[tuple[int, FlatUnit, int, str, list[Json]]] = []
