@@ -11,6 +11,11 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _HOME: dict[str, str] = {
     "AdamHyper": "ds_kernels.ops.adam",
+    "AioError": "ds_kernels.aio.file",
+    "AioFile": "ds_kernels.aio.file",
+    "AioFuture": "ds_kernels.aio.job",
+    "AlignedPool": "ds_kernels.aio.pool",
+    "AsyncIO": "ds_kernels.aio.front",
     "BuildError": "ds_kernels.build",
     "FusedAdam": "ds_kernels.optim",
     "FusedAdamW": "ds_kernels.optim",
