@@ -190,7 +190,7 @@ def _check_tensor(tensor: Tensor, what: str) -> None:
     """Is it nothing but bytes in a row in this process's memory?"""
     if type(tensor) not in (Tensor, torch.nn.Parameter):
         raise ValueError(
-            f"tensor: cannot {what} a {type(tensor).__name__}; allowed are plain ones (of a DTensor: .to_local())"
+            f"cannot {what} a {type(tensor).__name__}; allowed are plain tensors (of a DTensor: .to_local())"
         )
     if tensor.device.type != "cpu":
         raise ValueError(f"tensor: cannot {what} memory of {tensor.device}; go through a CPU tensor")

@@ -79,7 +79,7 @@ class AioFuture(Future[int]):
             self._outcome
             if isinstance(self._outcome, BaseException)
             else RuntimeError(
-                f"this request belongs to process {self._pid}, which this one was forked from: wait for it there"
+                f"this request belongs to process {self._pid}, before the fork: wait for it there"
             )
         )
 
