@@ -22,7 +22,9 @@ _HOME: dict[str, str] = {
     "Kernel": "ds_kernels.registry",
     "KernelUnavailable": "ds_kernels.registry",
     "adam_step_": "ds_kernels.ops.adam",
+    "cross_entropy": "ds_kernels.ops.cross_entropy",
     "define": "ds_kernels.registry",
+    "linear_cross_entropy": "ds_kernels.ops.linear_cross_entropy",
     "load": "ds_kernels.registry",
     "report": "ds_kernels.registry",
 }
