@@ -1,7 +1,7 @@
-"""Times contenders in interleaved rounds against a copy of as many bytes; the benches of several families use it.
+"""Times contenders in interleaved rounds, against a copy of as many bytes; for the benches of families.
 
-A round runs every contender once, so that what else the machine does disturbs all alike. A line of JSON for each
-table goes to the family's results/.
+A round runs every contender once, so that what else the machine does disturbs all alike. A line of JSON for
+each table goes to the family's results/.
 """
 
 from __future__ import annotations

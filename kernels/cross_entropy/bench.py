@@ -1,4 +1,4 @@
-"""Cross entropy on this machine: torch's and ours, with and without the linear layer before; time and peak memory."""
+"""Cross entropy on this machine, torch's and ours, with and without the linear layer: time, peak memory."""
 
 from __future__ import annotations
 

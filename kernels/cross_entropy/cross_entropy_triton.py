@@ -1,4 +1,4 @@
-"""Cross entropy on GPUs: one program for each row of logits, which reads it twice or, with the gradient, thrice."""
+"""Cross entropy on GPUs: a program for each row of logits, which reads it once more for the gradient."""
 
 from __future__ import annotations
 

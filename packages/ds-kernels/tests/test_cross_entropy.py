@@ -104,7 +104,9 @@ def test_instruction_sets_and_threads_give_the_same_bits(threads: Callable[[int]
             library = rows._Library(Native(handle, Options(isa)))
             grad = logits.clone()
             losses = library.in_place(grad, target, torch.ones(9), **SETTINGS)
-            found.append(torch.cat([losses, grad.reshape(-1), library.forward(logits, target, **SETTINGS)[1]]))
+            found.append(
+                torch.cat([losses, grad.reshape(-1), library.forward(logits, target, **SETTINGS)[1]])
+            )
     assert all(torch.equal(one, found[0]) for one in found)
 
 
@@ -129,7 +131,7 @@ def test_it_is_torchs(reduction: Any, ignored: int) -> None:
 
 
 def test_small_means_survive_half_precision() -> None:
-    """A mean over 4096 tokens makes gradients of logits that fp16 has no numbers for; a loss scale comes later."""
+    """A mean over 4096 tokens makes gradients of logits that fp16 cannot hold; a loss scale comes later."""
     hidden, weight, target = given(4096, 8, 300, torch.float16)
     scale = 1024.0
     want = torch.autograd.grad(
@@ -148,7 +150,8 @@ def test_autocast_casts_as_a_linear_layer_does() -> None:
     low = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), target)
     assert torch.equal(loss, low)
     loss.backward()
-    assert hidden.grad is not None and hidden.grad.dtype == torch.float32
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == torch.float32
 
 
 def test_targets_outside_are_refused() -> None:

@@ -21,7 +21,8 @@ _SHAPES = ((0, 5), (3, 1), (4, 33), (2, 1000), (2, 4100))
 _FREE = frozenset({"ignore_index.value"})
 
 
-def _rows(values: Values, rows: int, cols: int, dtype: torch.dtype, settings: Any) -> tuple[Tensor, Tensor]:
+def _rows(values: Values, shape: tuple[int, int], dtype: torch.dtype, settings: Any) -> tuple[Tensor, Tensor]:
+    rows, cols = shape
     target = values.integers(rows, low=0, high=cols)
     target[1::3] = settings["ignore_index"]
     return values.normal(rows, cols, dtype=dtype, scale=3), target
@@ -31,7 +32,7 @@ def _samples(make: Callable[[Values, Tensor, Tensor], tuple[Any, ...]]) -> Sampl
     def each(device: torch.device) -> Iterator[Sample]:
         for dtype, shape, name in product(DTYPES, _SHAPES, _SETTINGS):
             values, settings = Values(3, device), _SETTINGS[name]
-            args = make(values, *_rows(values, *shape, dtype, settings))
+            args = make(values, *_rows(values, shape, dtype, settings))
             yield Sample(f"{name} {shape} {dtype}", args, dict(settings), free=_FREE)
 
     return each
@@ -45,8 +46,11 @@ def _linear(device: torch.device, *, each: bool) -> Iterator[Sample]:
     for dtype, name, grads in product(DTYPES, _SETTINGS, (False,) if each else (True, False)):
         for tokens, width, classes in ((0, 4, 5), (7, 16, 33)):
             values, settings = Values(4, device), _SETTINGS[name]
-            target = _rows(values, tokens, classes, dtype, settings)[1]
-            hidden, weight = values.normal(tokens, width, dtype=dtype), values.normal(classes, width, dtype=dtype)
+            target = _rows(values, (tokens, classes), dtype, settings)[1]
+            hidden, weight = (
+                values.normal(tokens, width, dtype=dtype),
+                values.normal(classes, width, dtype=dtype),
+            )
             bias = values.normal(classes, dtype=dtype) if name == "smooth" else None
             args: tuple[Any, ...] = (hidden, weight, bias, target)
             more: dict[str, Any] = {"chunk": 3}
@@ -67,14 +71,14 @@ SAMPLES: Mapping[str, Samples] = {
 
 def _row_gradients() -> Iterator[Sample]:
     for name, settings in _SETTINGS.items():
-        logits, target = _rows(Values(5, _CPU), 4, 6, torch.float64, settings)
+        logits, target = _rows(Values(5, _CPU), (4, 6), torch.float64, settings)
         yield Sample(name, (logits.requires_grad_(), target), dict(settings))
 
 
 def _linear_gradients(*, each: bool) -> Iterator[Sample]:
     for name, settings in _SETTINGS.items():
         values = Values(6, _CPU)
-        target = _rows(values, 4, 6, torch.float64, settings)[1]
+        target = _rows(values, (4, 6), torch.float64, settings)[1]
         shapes = ((4, 3), (6, 3), (6,))
         given = [values.normal(*shape, dtype=torch.float64).requires_grad_() for shape in shapes]
         more: dict[str, Any] = {"chunk": 3}

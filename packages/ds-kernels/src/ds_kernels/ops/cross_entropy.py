@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ds_kernels import check
-from ds_kernels.ops.cross_entropy_bounds import backward_bound, bound, in_place_bound
 from ds_kernels.native import DTYPES, Native, code, written
+from ds_kernels.ops.cross_entropy_bounds import backward_bound, bound, in_place_bound
 from ds_kernels.registry import Kernel, define, ready
 
 FAMILY = "cross_entropy"
@@ -36,7 +36,7 @@ def cross_entropy(
     `inplace`: the forward pass replaces the logits with their gradient, so that nothing of their size is
     allocated; only for a scalar loss. To score the next token shift the targets, not the logits.
     "mean" is over targets that are not `ignore_index`; over none it is 0, where torch says NaN.
-    Shapes: logits [..., V] fp32, bf16, fp16 (float64 through the reference), target [...] int64 -> [] or [...].
+    Shapes: logits [..., V] fp32, bf16, fp16 (float64: reference only), target [...] int64 -> [] or [...].
     Raises: ValueError, also for a target outside [0, V) on the CPU; on a GPU its loss and gradient are NaN.
     """
     settings = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
@@ -44,7 +44,7 @@ def cross_entropy(
     if inplace:
         rows = rows_in_place(logits)
         scale = scale_of(target.reshape(-1), ignore_index, reduction, wide(logits.dtype))
-        total: Tensor = _InPlace.apply(rows, target.reshape(-1), scale, settings)
+        total: Tensor = _InPlace.apply(rows, target.reshape(-1), scale, settings)  # type: ignore[no-untyped-call]
         return total
     rows = logits.reshape(-1, logits.shape[-1]) if logits.dim() else logits
     losses: Tensor = OP(rows, target.reshape(-1), **settings)[0]
@@ -89,7 +89,7 @@ class _InPlace(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return times(gradient, upstream, inplace=True), None, None, None
 
@@ -129,8 +129,7 @@ def reference_backward(
     z_loss: float,
 ) -> Tensor:
     """The gradient of sum(dlosses * losses) with respect to the logits."""
-    settings = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    fake_backward(dlosses, logits, target, lse, **settings)
+    _check_backward(dlosses, logits, target, lse, label_smoothing, z_loss)
     check_targets("cross_entropy_backward", target, logits.shape[1], ignore_index)
     cols = logits.shape[1]
     share = (logits.to(lse.dtype) - lse[:, None]).exp() * (1 + 2 * z_loss * lse)[:, None]
@@ -174,10 +173,17 @@ def _check(op: str, logits: Tensor, target: Tensor, label_smoothing: float, z_lo
     check.tensor(op, "logits", logits, dtypes=(*DTYPES, torch.float64), shape=(None, None))
     if logits.shape[1] == 0:
         check.refuse(op, "logits", logits, "at least one class")
-    check.tensor(
-        op, "target", target, dtypes=[torch.int64], device=logits.device, shape=(logits.shape[0],)
-    )
+    check.tensor(op, "target", target, dtypes=[torch.int64], device=logits.device, shape=(logits.shape[0],))
     check_settings(op, label_smoothing, z_loss)
+
+
+def _check_backward(
+    dlosses: Tensor, logits: Tensor, target: Tensor, lse: Tensor, label_smoothing: float, z_loss: float
+) -> None:
+    op, like = "cross_entropy_backward", [wide(logits.dtype)]
+    _check(op, logits, target, label_smoothing, z_loss)
+    for name, value in (("dlosses", dlosses), ("lse", lse)):
+        check.tensor(op, name, value, dtypes=like, device=logits.device, shape=target.shape)
 
 
 def fake(
@@ -200,10 +206,7 @@ def fake_backward(
     z_loss: float,
 ) -> Tensor:
     """Checks, and what is returned."""
-    op, like = "cross_entropy_backward", [wide(logits.dtype)]
-    _check(op, logits, target, label_smoothing, z_loss)
-    for name, value in (("dlosses", dlosses), ("lse", lse)):
-        check.tensor(op, name, value, dtypes=like, device=logits.device, shape=target.shape)
+    _check_backward(dlosses, logits, target, lse, label_smoothing, z_loss)
     return logits.new_empty(logits.shape)
 
 
@@ -234,7 +237,9 @@ def _saves(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any
     ctx.set_materialize_grads(False)
 
 
-def _gradient(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor, None]:
+def _gradient(ctx: Any, dlosses: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+    if dlosses is None:
+        return None, None
     logits, target, lse = ctx.saved_tensors
     return BACKWARD(dlosses, logits, target, lse, **ctx.settings), None
 

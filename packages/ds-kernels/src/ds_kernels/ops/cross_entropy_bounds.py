@@ -15,12 +15,13 @@ def far_lse(x: Tensor) -> Tensor:
     """How far two log-sum-exps of rows, computed in fp32, may part.
 
     A sum of n positive terms is off by at most (n - 1) units of itself, each exponential by 2 ulp = 4 units
-    and by the rounding of its argument, a unit of at most the span of the row; the logarithm makes an absolute
-    error of it, and rounds, and so does the sum with the largest logit.
+    and by the rounding of its argument, a unit of at most the span of the row; the logarithm makes an
+    absolute error of it, and rounds, and so does the sum with the largest logit.
     """
     span = (x.amax(1, keepdim=True) - x).masked_fill(x.isinf(), 0).amax(1).clamp(max=104)
     ends = x.amax(1).abs() + torch.logsumexp(x, 1).abs() + x.shape[1]
-    return 2 * UNIT * (x.shape[1] + 8 + span + 2 * ends)
+    far: Tensor = 2 * UNIT * (x.shape[1] + 8 + span + 2 * ends)
+    return far
 
 
 def far_losses(x: Tensor, settings: dict[str, Any]) -> Tensor:
@@ -28,7 +29,8 @@ def far_losses(x: Tensor, settings: dict[str, Any]) -> Tensor:
     lse, smoothing, z_loss = torch.logsumexp(x, 1), settings["label_smoothing"], settings["z_loss"]
     terms = lse.abs() + x.abs().amax(1) + z_loss * lse.square()
     mean = smoothing * (x.shape[1] + 4) * x.abs().mean(1)
-    return far_lse(x) * (1 + 2 * z_loss * lse.abs()) + 2 * UNIT * (mean + 4 * terms)
+    far: Tensor = far_lse(x) * (1 + 2 * z_loss * lse.abs()) + 2 * UNIT * (mean + 4 * terms)
+    return far
 
 
 def far_gradient(
@@ -45,7 +47,8 @@ def far_gradient(
     moved = p * (weight + 2 * z_loss) * torch.as_tensor(far).reshape(-1, 1)
     hot = torch.zeros_like(p).scatter_(1, target.clamp(0, x.shape[1] - 1)[:, None], 1.0)
     kept = 8 * UNIT * (smoothing / x.shape[1] + hot)
-    return scale.double().abs()[:, None] * (rounded + moved + kept) + 2.0**-148
+    apart: Tensor = scale.double().abs()[:, None] * (rounded + moved + kept) + 2.0**-148
+    return apart
 
 
 def bound(args: Sequence[Any], kwargs: dict[str, Any], wanted: Sequence[Tensor]) -> list[Tensor]:

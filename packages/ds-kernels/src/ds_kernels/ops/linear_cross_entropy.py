@@ -1,4 +1,4 @@
-"""The last linear layer and cross-entropy in one, in chunks of tokens: all logits are never in memory at once."""
+"""The last linear layer and cross-entropy in one, in chunks of tokens: never all logits in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CPU_BYTES, _GPU_BYTES = 32 << 20, 256 << 20  # logits of one chunk
 _SLICE = 4096  # rows of the weight whose low-precision gradient is made at once, to be added in fp32
 
 
-def linear_cross_entropy(
+def linear_cross_entropy(  # noqa: PLR0913 - linear's arguments and cross_entropy's
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -60,7 +60,9 @@ def linear_cross_entropy(
     scale = scale_of(target.reshape(-1), ignore_index, reduction, wide(hidden.dtype))
     inputs = [t for t in (hidden, weight, bias) if t is not None]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    total: Tensor = OP(flat, weight, bias, target.reshape(-1), scale, **settings, chunk=chunk, grads=wanted)[0]
+    total: Tensor = OP(flat, weight, bias, target.reshape(-1), scale, **settings, chunk=chunk, grads=wanted)[
+        0
+    ]
     return total
 
 
@@ -237,7 +239,9 @@ def _saves(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any
     ctx.set_materialize_grads(False)  # zeros as large as the weight otherwise
 
 
-def _gradient(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dtotal is None:
+        return (None,) * 5
     if not ctx.grads:
         raise RuntimeError(f"{NAME}: a gradient is asked for, but the op was called with grads=False")
     losses, *given = ctx.saved_tensors
