@@ -38,6 +38,7 @@ struct Scalar {
   static inline F mul(F a, F b) { return a * b; }
   static inline F div(F a, F b) { return a / b; }
   static inline F sqrt(F a) { return __builtin_sqrtf(a); }
+  static inline F sign(F a) { return static_cast<float>((a > 0.0f) - (a < 0.0f)); }  // 0 for NaN, as torch.sign
 };
 
 #if defined(__x86_64__)
@@ -83,6 +84,11 @@ struct Avx2 {
   DS_AVX2 static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   DS_AVX2 static inline F div(F a, F b) { return _mm256_div_ps(a, b); }
   DS_AVX2 static inline F sqrt(F a) { return _mm256_sqrt_ps(a); }
+  DS_AVX2 static inline F sign(F a) {
+    const F one = _mm256_set1_ps(1.0f), zero = _mm256_setzero_ps();
+    return _mm256_sub_ps(_mm256_and_ps(_mm256_cmp_ps(a, zero, _CMP_GT_OQ), one),
+                         _mm256_and_ps(_mm256_cmp_ps(a, zero, _CMP_LT_OQ), one));
+  }
 };
 
 #define DS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"), always_inline))
@@ -126,6 +132,11 @@ struct Avx512 {
   DS_AVX512 static inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   DS_AVX512 static inline F div(F a, F b) { return _mm512_div_ps(a, b); }
   DS_AVX512 static inline F sqrt(F a) { return _mm512_sqrt_ps(a); }
+  DS_AVX512 static inline F sign(F a) {
+    const F one = _mm512_set1_ps(1.0f), zero = _mm512_setzero_ps();
+    return _mm512_sub_ps(_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, zero, _CMP_GT_OQ), one),
+                         _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, zero, _CMP_LT_OQ), one));
+  }
 };
 
 #elif defined(__aarch64__)
@@ -165,6 +176,11 @@ struct Neon {
   static inline F mul(F a, F b) { return vmulq_f32(a, b); }
   static inline F div(F a, F b) { return vdivq_f32(a, b); }
   static inline F sqrt(F a) { return vsqrtq_f32(a); }
+  static inline F sign(F a) {
+    const uint32x4_t one = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));
+    return vsubq_f32(vreinterpretq_f32_u32(vandq_u32(vcgtzq_f32(a), one)),
+                     vreinterpretq_f32_u32(vandq_u32(vcltzq_f32(a), one)));
+  }
 };
 
 #endif

@@ -1,4 +1,4 @@
-"""Build hook: with DS_KERNELS_AOT=1 (or =adam,...) the wheel carries compiled libraries; needs no torch."""
+"""Build hook: with DS_KERNELS_AOT=1 (or =optim,...) the wheel carries compiled libraries; needs no torch."""
 
 from __future__ import annotations
 

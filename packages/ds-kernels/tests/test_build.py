@@ -23,9 +23,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # A compiler that answers --version and then fails the way compilers do.
 FAILING = """#!/bin/sh
 [ "$1" = --version ] && { echo "fake++ 1.0"; exit 0; }
-echo "adam_cpu.cpp: In function 'int f()':"
-echo "adam_cpu.cpp:7:1: error: 'omp.h' was eaten by a dog" >&2
-echo "adam_cpu.cpp:8:1: error: and another thing" >&2
+echo "optim_cpu.cpp: In function 'int f()':"
+echo "optim_cpu.cpp:7:1: error: 'omp.h' was eaten by a dog" >&2
+echo "optim_cpu.cpp:8:1: error: and another thing" >&2
 exit 1
 """
 # A compiler that says when it was called, waits, and then does the work.
@@ -39,7 +39,7 @@ LOAD = """
 import logging, sys, torch
 logging.basicConfig(stream=sys.stdout, format="%(levelname)s %(message)s")
 from ds_kernels import load
-print(*(row.implementation for _ in range(2) for row in load("adam", torch.device("cpu"))))
+print(*{row.implementation for _ in range(2) for row in load("optim", torch.device("cpu"))})
 from ds_kernels import FusedAdamW
 p = torch.nn.Parameter(torch.ones(5)); p.grad = torch.ones(5)
 FusedAdamW([p], lr=0.5, weight_decay=0.0).step()
@@ -103,7 +103,7 @@ def test_key_follows_sources_and_flags(toy: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_cached_path_follows_the_compiler(cache: Path) -> None:
-    one, two = (build.cached_path("adam", build.Compiler(("g++",), version)) for version in ("12", "13"))
+    one, two = (build.cached_path("optim", build.Compiler(("g++",), version)) for version in ("12", "13"))
     assert one != two
     assert one.is_relative_to(cache)
 
@@ -118,15 +118,15 @@ def test_cached_path_follows_the_compiler(cache: Path) -> None:
 def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch, cxx: str, words: str) -> None:
     monkeypatch.setenv("CXX", cxx)
     with pytest.raises(BuildError, match=words) as caught:
-        build.compiler("adam")
+        build.compiler("optim")
     assert "apt install g++" in str(caught.value)
 
 
 def test_first_error_of_the_compiler(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", script(tmp_path, FAILING))
     with pytest.raises(BuildError) as caught:
-        build.build("adam", cache)
-    assert caught.value.reason == "adam_cpu.cpp:7:1: error: 'omp.h' was eaten by a dog"
+        build.build("optim", cache)
+    assert caught.value.reason == "optim_cpu.cpp:7:1: error: 'omp.h' was eaten by a dog"
     assert "and another thing" in caught.value.log
     assert not list(cache.glob("*.so")) + list(cache.glob(".work-*"))
 
@@ -137,7 +137,7 @@ def test_unknown_family_and_unwritable_folder(cache: Path, tmp_path: Path) -> No
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(BuildError, match="DS_KERNELS_CACHE"):
-        build.build("adam", blocked / "sub")
+        build.build("optim", blocked / "sub")
 
 
 def test_odd_folder_names(toy: str, tmp_path: Path) -> None:
@@ -149,10 +149,10 @@ def test_odd_folder_names(toy: str, tmp_path: Path) -> None:
 def test_broken_compiler_falls_back_with_one_warning(tmp_path: Path) -> None:
     done = run(LOAD, CXX=script(tmp_path, FAILING), DS_KERNELS_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
-    assert "reference reference" in done.stdout
+    assert "reference\n" in done.stdout
     warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 1
-    assert "adam_cpu.cpp:7:1: error: 'omp.h' was eaten by a dog" in warnings[0]
+    assert "optim_cpu.cpp:7:1: error: 'omp.h' was eaten by a dog" in warnings[0]
     assert "apt install g++" in done.stdout
     assert not done.stderr
 
@@ -179,18 +179,18 @@ def test_strict_and_forced_native_raise(
         forced.setenv("DS_KERNELS", "native")
         words = "no native implementation for cpu: /bin/false --version exited"
         with pytest.raises(registry.KernelUnavailable, match=words):
-            registry.load("adam", CPU)
+            registry.load("optim", CPU)
     words = "only its reference: no native one: /bin/false --version exited"
     with pytest.raises(registry.KernelUnavailable, match=words):
-        registry.load("adam", CPU, strict=True)
+        registry.load("optim", CPU, strict=True)
     assert not caplog.records
     unloaded.chosen.clear()
     for _ in range(3):
-        assert [row.implementation for row in registry.load("adam", CPU)] == ["reference"]
+        assert {row.implementation for row in registry.load("optim", CPU)} == {"reference"}
     assert len(caplog.records) == 1
     assert "with no native one: /bin/false --version exited with 1" in caplog.text
     with pytest.raises(registry.KernelUnavailable, match=words):
-        registry.load("adam", CPU, strict=True)
+        registry.load("optim", CPU, strict=True)
 
 
 def test_forced_reference_is_silent_and_other_words_are_refused(
@@ -204,9 +204,9 @@ def test_forced_reference_is_silent_and_other_words_are_refused(
     with pytest.raises(
         ValueError, match="DS_KERNELS='fast': allowed are 'reference', 'torch', 'triton', 'native'"
     ):
-        registry.load("adam", CPU)
+        registry.load("optim", CPU)
     monkeypatch.setenv("DS_KERNELS", "reference")
-    assert [row.implementation for row in registry.load("adam", CPU)] == ["reference"]
+    assert {row.implementation for row in registry.load("optim", CPU)} == {"reference"}
     used = [row for row in registry.report() if row.used]
     assert ("ds::adam_step_", "cpu", "reference", True, "always there") in used
     assert {row.implementation for row in used} == {"reference"}
@@ -253,10 +253,10 @@ def test_cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     assert re.search(r"\* +ds::adam_step_ +cpu +native +built (now|before|on first use,) by ", shown)
     assert re.search(r" +ds::adam_step_ +cpu +reference +always there; native comes first", shown)
     assert str(build.cache_root()) in shown
-    assert cli.main(["build", "adam"]) == 0
-    assert Path(capsys.readouterr().out.strip()).name == "libds_adam.so"
+    assert cli.main(["build", "optim"]) == 0
+    assert Path(capsys.readouterr().out.strip()).name == "libds_optim.so"
     monkeypatch.setenv("CXX", "/bin/false")
-    assert cli.main(["build", "adam"]) == 1
+    assert cli.main(["build", "optim"]) == 1
     assert "/bin/false --version exited with 1" in capsys.readouterr().out
 
 
@@ -288,8 +288,8 @@ def test_wheels(tmp_path: Path) -> None:
     assert pure.name.endswith("-py3-none-any.whl")
     assert "-py3-none-linux_" in native.name
     names = {*zipfile.ZipFile(native).namelist()} - {*zipfile.ZipFile(pure).namelist()}
-    assert names >= {"ds_kernels/prebuilt/libds_adam.so", "ds_kernels/prebuilt/libds_adam.so.key"}
-    assert "ds_kernels/sources/adam/adam_cpu.cpp" in zipfile.ZipFile(pure).namelist()
+    assert names >= {"ds_kernels/prebuilt/libds_optim.so", "ds_kernels/prebuilt/libds_optim.so.key"}
+    assert "ds_kernels/sources/optim/optim_cpu.cpp" in zipfile.ZipFile(pure).namelist()
     site = tmp_path / "site"
     zipfile.ZipFile(native).extractall(site)
     env = {"CXX": "/bin/false", "DS_KERNELS_CACHE": str(tmp_path / "none"), "PYTHONPATH": str(site)}
@@ -301,7 +301,7 @@ def test_wheels(tmp_path: Path) -> None:
         timeout=120,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "native native\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "native\n", "")
     assert not (tmp_path / "none").exists()
 
 

@@ -1,4 +1,4 @@
-"""FusedAdamW and FusedAdam as torch optimizers: parity, checkpoints both ways, copies, 16 bits, AMP."""
+"""The fused classes as torch optimizers: parity, checkpoints both ways, copies, 16 bits, AMP, undo."""
 
 from __future__ import annotations
 
@@ -13,10 +13,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_kernels import FusedAdam, FusedAdamW
+from ds_kernels import FusedAdagrad, FusedAdam, FusedAdamW, FusedLamb, FusedLion, FusedOptimizer, FusedSGD
 
-PAIRS = [(FusedAdamW, torch.optim.AdamW), (FusedAdam, torch.optim.Adam)]
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95)}
+MOMENTUM: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}
+PAIRS: list[tuple[Any, Any, dict[str, Any]]] = [
+    (FusedAdamW, torch.optim.AdamW, SETTINGS),
+    (FusedAdam, torch.optim.Adam, SETTINGS),
+    (FusedAdagrad, torch.optim.Adagrad, {"lr": 1e-2, "lr_decay": 0.1, "initial_accumulator_value": 0.1}),
+    (FusedSGD, torch.optim.SGD, {**MOMENTUM, "dampening": 0.3}),
+    (FusedSGD, torch.optim.SGD, {**MOMENTUM, "nesterov": True}),
+    (FusedSGD, torch.optim.SGD, {"lr": 1e-2, "weight_decay": 0.1}),
+]
+EVERY: list[tuple[Any, dict[str, Any]]] = [
+    *((mine, settings) for mine, _, settings in PAIRS),
+    (FusedLion, {"lr": 1e-3, "weight_decay": 0.1}),
+    (FusedLamb, {"lr": 1e-2, "weight_decay": 0.1}),
+]
 
 
 def model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -47,15 +60,15 @@ def equal(one: nn.Module, two: nn.Module) -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(("mine", "theirs"), PAIRS)
-def test_hundred_steps_equal_torch(mine: Any, theirs: Any) -> None:
+@pytest.mark.parametrize(("mine", "theirs", "settings"), PAIRS)
+def test_hundred_steps_equal_torch(mine: Any, theirs: Any, settings: dict[str, Any]) -> None:
     """Two groups, a parameter that has no gradient at first, and a learning-rate schedule."""
     left, right = ready(), ready()
     optimizers = []
     for kind, module in ((mine, left), (theirs, right)):
         first, *rest = module.parameters()
         groups = [{"params": [first], "weight_decay": 0.0}, {"params": rest, "maximize": True}]
-        optimizers.append(kind(groups, **SETTINGS))
+        optimizers.append(kind(groups, **settings))
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 100) for o in optimizers]
     for step in range(100):
         for module in (left, right):
@@ -65,30 +78,34 @@ def test_hundred_steps_equal_torch(mine: Any, theirs: Any) -> None:
         for stepper in (*optimizers, *schedules):
             stepper.step()
     close(left, right)
-    assert optimizers[0].state[next(left.parameters())]["step"].item() == 90
+    state = optimizers[0].state[next(left.parameters())]
+    assert state.get("step", torch.tensor(90)).item() == 90
 
 
-@pytest.mark.parametrize(("mine", "theirs"), PAIRS)
+@pytest.mark.parametrize(("mine", "theirs", "settings"), PAIRS)
 @pytest.mark.parametrize("there", [True, False])
-def test_checkpoints_are_interchangeable(mine: Any, theirs: Any, there: bool) -> None:
+def test_checkpoints_are_interchangeable(
+    mine: Any, theirs: Any, settings: dict[str, Any], there: bool
+) -> None:
     """Ten steps with one, its state loaded into the other, ten more: the same as twenty with torch's."""
-    kinds = (mine, theirs) if there else (theirs, mine)
     left, right = ready(), ready()
-    first, whole = kinds[0](left.parameters(), **SETTINGS), theirs(right.parameters(), **SETTINGS)
+    first, whole = (
+        (mine if there else theirs)(left.parameters(), **settings),
+        theirs(right.parameters(), **settings),
+    )
     for step in range(20):
         if step == 10:
             saved = copy.deepcopy(first.state_dict())
-            first = kinds[1](left.parameters(), lr=123.0)
+            first = (theirs if there else mine)(left.parameters(), lr=123.0)
             first.load_state_dict(saved)
         fill(left, step)
         fill(right, step)
         first.step()
         whole.step()
     close(left, right)
-    states = [o.state_dict()["state"][0] for o in (first, whole)]
-    assert {k: (v.dtype, v.shape) for k, v in states[0].items()} == {
-        k: (v.dtype, v.shape) for k, v in states[1].items()
-    }
+    states = [o.state_dict()["state"].get(0, {}) for o in (first, whole)]
+    kinds = [{k: (v.dtype, v.shape) for k, v in state.items() if v is not None} for state in states]
+    assert kinds[0] == kinds[1]
 
 
 def test_a_state_of_the_fused_torch_optimizer_loads() -> None:
@@ -212,6 +229,62 @@ def test_grad_scaler() -> None:
     equal(plain, scaled)
 
 
+@pytest.mark.parametrize(("mine", "settings"), EVERY)
+def test_undo_takes_a_step_back(mine: Any, settings: dict[str, Any]) -> None:
+    """The first step and a later one: what follows is as if they had not been; copies go back too."""
+    plain, doubted = ready(torch.bfloat16), ready(torch.bfloat16)
+    one, two = mine(plain.parameters(), **settings), mine(doubted.parameters(), **settings)
+    for optimizer in (one, two):
+        optimizer.state_dtype, optimizer.seed = torch.bfloat16, 11
+    two.copy_out = {p: torch.zeros(p.shape, dtype=torch.float16) for p in doubted.parameters()}
+    for step in range(3):
+        if step != 1:
+            fill(doubted, 100 + step)
+            two.keep_undo = True
+            two.step()
+            two.undo()
+            two.keep_undo = False
+            assert all(torch.equal(p.to(torch.float16), copy) for p, copy in two.copy_out.items())
+        for module, optimizer in ((plain, one), (doubted, two)):
+            fill(module, step)
+            optimizer.step()
+        equal(plain, doubted)
+    assert one.seed == two.seed == 14
+    for p, q in zip(plain.parameters(), doubted.parameters(), strict=True):
+        assert one.state[p].keys() == two.state[q].keys()
+        assert all(torch.equal(value, two.state[q][name]) for name, value in one.state[p].items())
+        assert {value.dtype for name, value in one.state[p].items() if name != "step"} <= {torch.bfloat16}
+    with pytest.raises(RuntimeError, match="there is no step to take back"):
+        two.undo()
+
+
+@pytest.mark.parametrize(("mine", "settings"), EVERY)
+def test_resuming_draws_what_it_would_have_drawn(mine: Any, settings: dict[str, Any]) -> None:
+    """bf16 rounded by chance: saved after three steps and continued, the same bits."""
+    left, right = ready(torch.bfloat16), ready(torch.bfloat16)
+    whole, first = mine(left.parameters(), **settings), mine(right.parameters(), **settings)
+    for optimizer in (whole, first):
+        optimizer.state_dtype, optimizer.seed = torch.bfloat16, 3
+    for step in range(6):
+        if step == 3:
+            saved, first = copy.deepcopy(first.state_dict()), mine(right.parameters())
+            first.state_dtype = torch.bfloat16
+            first.load_state_dict(saved)
+        for optimizer, module in ((whole, left), (first, right)):
+            fill(module, step)
+            optimizer.step()
+    equal(left, right)
+
+
+def test_plain_sgd_keeps_no_state() -> None:
+    module = ready()
+    optimizer = FusedSGD(module.parameters(), lr=0.1)
+    fill(module, 0)
+    optimizer.step()
+    assert all(not state for state in optimizer.state.values())
+    assert isinstance(optimizer, FusedOptimizer)
+
+
 def test_is_a_torch_optimizer() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = FusedAdamW([("named", p)], lr=torch.tensor(0.5))
@@ -237,6 +310,10 @@ def test_bad_input() -> None:
         FusedAdamW([p], lr=-1.0)
     with pytest.raises(ValueError, match="float64"):
         FusedAdamW([nn.Parameter(torch.ones(3, dtype=torch.float64))])
+    with pytest.raises(ValueError, match="initial_accumulator_value=-1"):
+        FusedAdagrad([p], initial_accumulator_value=-1.0)
+    with pytest.raises(ValueError, match="nesterov=True needs momentum"):
+        FusedSGD([p], nesterov=True)
     embedding = nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="sparse"):
@@ -253,4 +330,5 @@ def test_entry_points() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     found = project["entry-points"]["ds.optimizer"]
     kinds = [EntryPoint(name, value, "ds.optimizer").load() for name, value in found.items()]
-    assert kinds == [FusedAdamW, FusedAdam]
+    assert kinds == [FusedAdamW, FusedAdam, FusedAdagrad, FusedSGD, FusedLamb, FusedLion]
+    assert [kind.elementwise for kind in kinds] == [True, True, True, True, False, True]

@@ -10,23 +10,32 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _HOME: dict[str, str] = {
-    "AdamHyper": "ds_kernels.ops.adam",
+    "AdagradHyper": "ds_kernels.ops.optim.rules",
+    "AdamHyper": "ds_kernels.ops.optim.rules",
     "AioError": "ds_kernels.aio.file",
     "AioFile": "ds_kernels.aio.file",
     "AioFuture": "ds_kernels.aio.job",
     "AlignedPool": "ds_kernels.aio.pool",
     "AsyncIO": "ds_kernels.aio.front",
     "BuildError": "ds_kernels.build",
+    "FusedAdagrad": "ds_kernels.optim",
     "FusedAdam": "ds_kernels.optim",
     "FusedAdamW": "ds_kernels.optim",
+    "FusedLamb": "ds_kernels.optim",
+    "FusedLion": "ds_kernels.optim",
+    "FusedOptimizer": "ds_kernels.fused",
+    "FusedSGD": "ds_kernels.optim",
     "Kernel": "ds_kernels.registry",
     "KernelUnavailable": "ds_kernels.registry",
-    "adam_step_": "ds_kernels.ops.adam",
-    "cross_entropy": "ds_kernels.ops.cross_entropy",
+    "LambHyper": "ds_kernels.ops.optim.rules",
+    "LionHyper": "ds_kernels.ops.optim.rules",
+    "SgdHyper": "ds_kernels.ops.optim.rules",
+    "StepLists": "ds_kernels.ops.optim.step",
     "define": "ds_kernels.registry",
-    "linear_cross_entropy": "ds_kernels.ops.linear_cross_entropy",
     "load": "ds_kernels.registry",
+    "optim_step_": "ds_kernels.ops.optim.step",
     "report": "ds_kernels.registry",
+    "undo_step_": "ds_kernels.ops.optim.step",
 }
 
 __all__ = ["__version__", *_HOME]

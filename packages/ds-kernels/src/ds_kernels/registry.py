@@ -27,10 +27,7 @@ ORDER: Mapping[str, tuple[Implementation, ...]] = {
 }
 
 # family -> the module that defines its ops
-FAMILIES = {
-    "adam": "ds_kernels.ops.adam",
-    "cross_entropy": "ds_kernels.ops.linear_cross_entropy",
-}
+FAMILIES = {"optim": "ds_kernels.ops.optim"}
 _log = logging.getLogger("ds_kernels")
 
 
@@ -218,17 +215,6 @@ def load(family: str, device: torch.device, *, strict: bool = False) -> tuple[Ro
                 + ADVICE
             )
     return rows
-
-
-def ready(family: str, device: torch.device) -> None:
-    """`load` for functions without a constructor: at the first call for a device type, not while tracing."""
-    if not torch.compiler.is_compiling():
-        _ready(family, device.type)
-
-
-@cache
-def _ready(family: str, device: str) -> None:
-    load(family, torch.device(device))
 
 
 def report() -> list[Row]:

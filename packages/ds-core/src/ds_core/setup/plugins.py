@@ -26,7 +26,7 @@ _OWN: Mapping[tuple[str, str], str] = {
 # package -> what it brings, so that a missing name can say what to install
 _BRINGS: Mapping[str, Mapping[str, str]] = {
     "ds-zero": {"owner": "zero"},
-    "ds-kernels": {"optimizer": "fused_adamw fused_adam fused_lion fused_adagrad lion lamb muon"},
+    "ds-kernels": {"optimizer": "fused_adamw fused_adam fused_adagrad fused_sgd lion lamb muon"},
     "ds-offload": {"store": "pinned nvme tiered", "optimizer": "offload_adamw"},
     "ds-comm": {
         "codec": "int8 int4 onebit fp8",

@@ -293,7 +293,7 @@ def main() -> None:
         rows = summarize(found, measure(found, args.rounds, args.patience), args.params)
     load.append(os.getloadavg()[0])
     result = {
-        "bench": "adam",
+        "bench": "optim",
         "date": date.today().isoformat(),
         "machine": machine(),
         **{key: getattr(args, key) for key in ("params", "tensors", "threads", "rounds")},
