@@ -36,6 +36,11 @@ def test_sharded_training_equals_its_twin(case: str, world: int) -> None:
     run_ranks(cells, world, timeout=120.0, case=case)
 
 
+@pytest.mark.parametrize("case", ["tied", "frozen"])
+def test_copies_that_nothing_cuts_equal_the_twin(case: str) -> None:
+    run_ranks(cells, 2, timeout=120.0, case=case, nodes=2)
+
+
 @pytest.mark.parametrize("case", ["tied", "frozen", "unused_on_one_rank", "mixed_dtypes"])
 def test_shards_inside_nodes_and_copies_across_equal_the_twin(case: str) -> None:
     """Two nodes of two ranks: HSDP, and MiCS, whose gradients cross nodes once in a step."""

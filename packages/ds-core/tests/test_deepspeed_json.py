@@ -373,6 +373,8 @@ def test_shards_inside_nodes() -> None:
     assert plan().node_ranks is None
     assert plan(mics_shard_size=4).node_ranks == 4
     assert plan(mics_shard_size=8).node_ranks is None
+    assert plan(mics_shard_size=1).node_ranks == 1
+    assert plan(zero_hpz_partition_size=1).node_ranks is None
     second = plan(zero_hpz_partition_size=2)
     assert (second.node_ranks, second.owner_spec()["secondary_shard"]) == (2, True)
     named = plan(leaf_module={"names": ["moe"], "name_suffixes": [".experts"]})

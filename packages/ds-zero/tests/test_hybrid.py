@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.state.checkpoint import CheckpointStore
+from ds_core.state.owner import FlatOwner, ReplicatedOwner
 from ds_core.testing.distributed import distributed
 from ds_core.testing.models import CASES, Case
 from ds_core.testing.parity import Twin, assert_close_norm
@@ -82,6 +83,33 @@ def test_copies_across_nodes_train_as_the_twin(stage: int) -> None:
         assert all(torch.equal(a, b) for a, b in zip(same, found.values(), strict=True))  # no node drifts
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@distributed(world_size=2)
+def test_copies_that_nothing_cuts_train_as_the_twin(stage: int) -> None:
+    """Each rank is a node: all of everything is on it, and gradients cross once in a step."""
+    for micro, max_norm in ((1, None), (3, None), (2, 0.1)):
+        mesh = Topology(dp_replicate=2, dp_shard=1).build()
+        if stage == 0:
+            model = CASE.build()
+            owner: FlatOwner = ReplicatedOwner(model, mesh, bucket_numel=1)
+            optimizer = ShardedOptimizer(sgd(model), owner)
+        else:
+            model, optimizer, owner = build(mesh, stage)
+        train(model, optimizer, micro, max_norm)
+        assert "replicas" in owner.features
+        assert all(unit.layout.shard_numel == unit.layout.numel for unit in owner.units)
+        assert_close_norm(parameters(model), twin(micro, max_norm), 1e-6)
+        mesh.log.clear()
+        backward(model, 1, micro)
+        optimizer.step()
+        log = mesh.log.sent_bytes
+        psi = sum(4 * unit.layout.numel for unit in owner.units)
+        assert not any(axis == "dp_shard" for axis, _ in log)
+        if stage > 0:  # at stage 0 what ranks agree on travels along the same axis
+            assert log["dp_replicate", "all_reduce"] == psi  # 2 * (N - 1) / N of it, N = 2
+        assert psi <= log["dp_replicate", "all_reduce"] < 2 * psi
+
+
 @distributed(world_size=4)
 def test_a_second_shard_changes_no_bit() -> None:
     for micro, dtype in ((1, None), (2, None), (2, "bfloat16")):
@@ -151,7 +179,9 @@ def test_a_checkpoint_moves_between_layouts(tmp_path: str) -> None:
     train(model, optimizer, 1)
     store.save(1, {"model": owner, "optimizer": optimizer})
     expected = parameters(model)
-    for mesh, settings in ((Topology().build(), {}), (nodes(), {"secondary_shard": True}), (nodes(), {})):
+    copies = Topology(dp_replicate=4).build()
+    layouts = ((Topology().build(), {}), (nodes(), {"secondary_shard": True}), (nodes(), {}), (copies, {}))
+    for mesh, settings in layouts:
         again, other, target = build(mesh, 3, **settings)
         store.load({"model": target, "optimizer": other})
         assert all(torch.equal(value, expected[name]) for name, value in parameters(again).items())

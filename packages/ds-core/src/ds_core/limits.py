@@ -85,7 +85,7 @@ FEATURES: Mapping[str, Feature] = {
         _from_one(_TOGETHER, "it gathers no parameters: leave `gather` out, or use stage 1"),
     ),
     "replicas": Feature(
-        "shards inside a node, copies across: `Topology(dp_replicate=..., dp_shard=...)`", _yes(_REPLICAS)
+        "copies across nodes, shards inside: `Topology(dp_replicate=..., dp_shard=...)`", _yes(_REPLICAS)
     ),
     "second shard": Feature(
         "`Zero(secondary_shard=True)`, on a mesh with replicas",

@@ -173,7 +173,7 @@ def _leaves(found: Findings) -> tuple[str, ...]:
 def _node_ranks(found: Findings, stage: int, world: int) -> int | None:
     """How many ranks shard among them (MiCS), or keep a second shard among them (hpZ); None: all or none."""
     mics, hpz = (f"zero_optimization.{name}" for name in ("mics_shard_size", "zero_hpz_partition_size"))
-    sizes = {key: size for key in (mics, hpz) if (size := found.get(key)) not in (-1, 1)}
+    sizes = {key: size for key, off in ((mics, -1), (hpz, 1)) if (size := found.get(key)) != off}
     if len(sizes) == 2:
         found.add(mics, "both this and zero_hpz_partition_size say how nodes are cut; keep one of them")
     for key, size in sizes.items():

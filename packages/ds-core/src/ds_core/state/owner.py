@@ -298,7 +298,7 @@ def _features(model: nn.Module, precision: Precision, options: _Options, mesh: M
     there = {
         "tied": len({id(p) for _, p in params}) < len(params),
         "frozen": not all(p.requires_grad for _, p in params),
-        "replicas": mesh.size("dp_replicate") > 1 and mesh.size("dp_shard") > 1,
+        "replicas": mesh.size("dp_replicate") > 1,
         "meta": mesh.accelerator.device.type != "meta" and any(p.is_meta for _, p in params),
         "whole cut": options.cut != "flat",
         "reduce codec": options.reduce is not None,

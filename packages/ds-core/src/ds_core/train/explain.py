@@ -76,9 +76,8 @@ def _engine(engine: Stepping) -> Iterator[Setting]:
 
 def _owner(owner: FlatOwner) -> Iterator[Setting]:
     world = owner.everyone.world
-    yield Setting(
-        "owner.ranks", world, Origin("derived", f"mesh axis {owner.axis}"), "the data axis", world > 1
-    )
+    axis = owner.axis if owner.replicas.world == 1 else "data"
+    yield Setting("owner.ranks", world, Origin("derived", f"mesh axis {axis}"), "the data axis", world > 1)
     yield Setting("owner.device", str(owner.device), Origin("derived", "the mesh"), "parameters, gradients")
     config = getattr(owner, "config", None)
     if isinstance(config, Explained):
