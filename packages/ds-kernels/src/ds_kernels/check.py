@@ -68,13 +68,28 @@ def number(op: str, argument: str, value: float, allowed: str, fits: bool) -> No
 def apart(op: str, tensors: dict[str, Tensor | None], read: Iterable[str] = ()) -> None:
     """Raise ValueError when the memory of two of these overlaps; `read` names those not written.
 
-    Exact for contiguous tensors; of others the span from the first to the last element counts.
+    Exact for contiguous tensors and for columns of one buffer, side by side in each of its rows; of others
+    the span from the first to the last element counts.
     """
     only_read = set(read)
-    spans = [(*_span(t), name) for name, t in tensors.items() if t is not None and t.numel()]
-    for (_, end, one), (begin, _, other) in combinations(sorted(spans), 2):
-        if begin < end and not {one, other} <= only_read:
+    spans = [(*_span(t), name, t) for name, t in tensors.items() if t is not None and t.numel()]
+    spans.sort(key=lambda span: span[:3])
+    for (begin_one, end, one, first), (begin, _, other, second) in combinations(spans, 2):
+        if (
+            begin < end
+            and not {one, other} <= only_read
+            and not _side_by_side(begin - begin_one, first, second)
+        ):
             raise ValueError(f"{op}: {one} and {other} share memory; give each its own")
+
+
+def _side_by_side(distance: int, first: Tensor, second: Tensor) -> bool:
+    """Are these [rows, n], `distance` bytes apart, of one stride into which rows of both fit side by side?"""
+    if not first.dim() == second.dim() == 2 or not first.stride(1) == second.stride(1) == 1:
+        return False
+    stride, other = (t.stride(0) * t.element_size() for t in (first, second))
+    width, rest = (t.shape[1] * t.element_size() for t in (first, second))
+    return stride == other and width <= distance and distance + rest <= stride
 
 
 def _span(value: Tensor) -> tuple[int, int]:

@@ -27,7 +27,7 @@ ORDER: Mapping[str, tuple[Implementation, ...]] = {
 }
 
 # family -> the module that defines its ops
-FAMILIES = {"optim": "ds_kernels.ops.optim"}
+FAMILIES = {"optim": "ds_kernels.ops.optim", "quant": "ds_kernels.ops.quant"}
 _log = logging.getLogger("ds_kernels")
 
 
