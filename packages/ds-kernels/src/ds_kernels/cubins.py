@@ -27,6 +27,7 @@ class Variant:
     signature: Mapping[str, str]
     constants: Mapping[str, Any] = field(default_factory=dict)
     warps: int = 4
+    fp_fusion: bool = True  # may the compiler make fused multiply-adds? As the launches of the kernel say
 
     @property
     def label(self) -> str:
@@ -76,7 +77,9 @@ def compile_one(variant: Variant, architecture: int) -> Cubin:
     }
     source = ASTSource(variant.kernel, signature, constants)
     made = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": variant.warps}
+        source,
+        target=GPUTarget("cuda", architecture, 32),
+        options={"num_warps": variant.warps, "enable_fp_fusion": variant.fp_fusion},
     )
     registers, spilled = _resources(made.asm["cubin"])
     return Cubin(

@@ -243,6 +243,7 @@ def _define(rule: type[Hyper]) -> Callable[..., None]:
             reference=make_reference(rule),
             fake=make_fake(rule),
             native=make_native(rule),
+            triton=lambda module: module.make_step(rule),
         )
     )
 

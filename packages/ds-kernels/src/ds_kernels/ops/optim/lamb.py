@@ -37,10 +37,11 @@ def reference(*args: Any, **settings: Any) -> None:
     call.lists.check_apart()
     save(call.lists)
     for i in range(len(call.lists.params)):
-        _reference_one(call, i)
+        reference_one(call, i)
 
 
-def _reference_one(call: Call, place: int) -> None:
+def reference_one(call: Call, place: int) -> None:
+    """The step of one tensor of a checked call."""
     hyper, lists = call.hyper, call.lists.chosen([place])
     assert isinstance(hyper, LambHyper)
     first_scale, second_scale = hyper.scales(lists.steps[0])
@@ -94,7 +95,7 @@ def make_native(library: Native) -> Callable[..., None]:
         call.lists.check_apart()
         save(call.lists)
         for i in range(len(rest.params)):
-            _reference_one(Call(rest, call.hyper, call.grad_coef, call.seed), i)
+            reference_one(Call(rest, call.hyper, call.grad_coef, call.seed), i)
         if flat.params:
             _run_native(run, Call(flat, call.hyper, call.grad_coef, call.seed), library.isa_code)
 
@@ -153,6 +154,7 @@ OP = define(
         reference=reference,
         fake=make_fake(LambHyper),
         native=make_native,
+        triton=lambda module: module.lamb_step,
         bound=bound,
     )
 )
