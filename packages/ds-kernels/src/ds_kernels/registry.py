@@ -27,7 +27,12 @@ ORDER: Mapping[str, tuple[Implementation, ...]] = {
 }
 
 # family -> the module that defines its ops
-FAMILIES = {"optim": "ds_kernels.ops.optim", "quant": "ds_kernels.ops.quant"}
+FAMILIES = {
+    "cross_entropy": "ds_kernels.ops.linear_cross_entropy",
+    "norm": "ds_kernels.ops.norm",
+    "optim": "ds_kernels.ops.optim",
+    "quant": "ds_kernels.ops.quant",
+}
 _log = logging.getLogger("ds_kernels")
 
 
@@ -215,6 +220,17 @@ def load(family: str, device: torch.device, *, strict: bool = False) -> tuple[Ro
                 + ADVICE
             )
     return rows
+
+
+def ready(family: str, device: torch.device) -> None:
+    """`load` for functions without a constructor: at the first call for a device type, not while tracing."""
+    if not torch.compiler.is_compiling():
+        _ready(family, device.type)
+
+
+@cache
+def _ready(family: str, device: str) -> None:
+    load(family, torch.device(device))
 
 
 def report() -> list[Row]:
