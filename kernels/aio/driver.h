@@ -2,6 +2,7 @@
 #pragma once
 #include <pthread.h>
 #include <signal.h>
+#include <sys/mman.h>
 
 #include "engine.h"
 
@@ -13,7 +14,7 @@ class Driver {
       : queue_(queue), engine_(engine), depth_(depth), block_bytes_(block_bytes), align_(align) {}
 
   ~Driver() {
-    for (int i = 0; blocks_ && i < depth_; ++i) std::free(blocks_[i].bounce);
+    std::free(bounce_);
     std::free(blocks_);
     std::free(free_);
     std::free(finished_);
@@ -71,16 +72,28 @@ class Driver {
   void begin(Block& block) {
     const bool fits = reinterpret_cast<uintptr_t>(block.user) % static_cast<uintptr_t>(align_) == 0;
     if (block.way == kDirect && !fits) {
-      const size_t size = static_cast<size_t>(block_bytes_);
-      if (!block.bounce) block.bounce = static_cast<char*>(std::aligned_alloc(static_cast<size_t>(align_), size));
-      if (block.bounce) {
-        block.memory = block.bounce;
-        if (block.op() == kWrite) std::memcpy(block.bounce, block.user, static_cast<size_t>(block.bytes));
+      if (char* bounce = bounce_of(block)) {
+        block.memory = bounce;
+        if (block.op() == kWrite) std::memcpy(bounce, block.user, static_cast<size_t>(block.bytes));
       } else {
         block.fd = block.request->ask.buffered_fd;
       }
     }
     engine_->start(block);
+  }
+
+  // The slot's part of memory that is there from its first use on, in large pages: a device is given fewer pieces.
+  char* bounce_of(const Block& block) {
+    constexpr size_t kLargePage = 2 << 20;
+    if (!bounce_) {
+      const size_t wanted = static_cast<size_t>(depth_) * static_cast<size_t>(block_bytes_);
+      const size_t size = (wanted + kLargePage - 1) / kLargePage * kLargePage;
+      bounce_ = static_cast<char*>(std::aligned_alloc(kLargePage, size));
+#if defined(MADV_HUGEPAGE)
+      if (bounce_) madvise(bounce_, size, MADV_HUGEPAGE);
+#endif
+    }
+    return bounce_ ? bounce_ + (&block - blocks_) * block_bytes_ : nullptr;
   }
 
   // A block came back with `result`: go on with it, or let it go.
@@ -126,6 +139,7 @@ class Driver {
   Engine* engine_;
   const int depth_;
   const int64_t block_bytes_, align_;
+  char* bounce_ = nullptr;
   Block* blocks_ = nullptr;
   Block** free_ = nullptr;
   Finished* finished_ = nullptr;

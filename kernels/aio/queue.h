@@ -66,7 +66,8 @@ class Queue {
     enqueue(request, false);
     if (idle_ > 0) {
       many ? work_.all() : work_.one();
-    } else {
+    } else if (!rung_) {  // who was rung for and has not come yet will see this request, too
+      rung_ = true;
       for (int i = 0; i < sleepers_count_; ++i) sleepers_[i]->wake();
     }
     return 0;
@@ -125,6 +126,7 @@ class Queue {
   // Fill up to `wanted` blocks.
   int take(Block** blocks, int wanted) {
     Hold hold(mutex_);
+    rung_ = false;
     int count = 0;
     for (Request* r; count < wanted && (r = waiting_.first);) {
       cut(*r, *blocks[count++], block_bytes_);
@@ -195,7 +197,7 @@ class Queue {
   List waiting_, finished_;
   int64_t open_bytes_ = 0, open_ = 0;  // accepted and not finished
   int idle_ = 0;
-  bool stopping_ = false, dropping_ = false;
+  bool stopping_ = false, dropping_ = false, rung_ = false;
   Sleeper** sleepers_ = nullptr;
   int sleepers_count_ = 0;
 };

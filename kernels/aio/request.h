@@ -104,7 +104,7 @@ struct Request {
   }
 };
 
-// One block of a request: what the kernel works on at a time. `bounce` belongs to the slot and outlives the block.
+// One block of a request: what the kernel works on at a time.
 struct Block {
   Request* request;
   Way way;
@@ -112,7 +112,6 @@ struct Block {
   int32_t fd;
   char *user, *memory;  // the caller's bytes, and what the kernel reads or fills
   int64_t position, bytes, done;
-  char* bounce;
 
   int64_t offset() const { return request->ask.offset + position + done; }
   int64_t left() const { return bytes - done; }

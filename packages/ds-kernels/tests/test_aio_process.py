@@ -32,9 +32,10 @@ def parent(io, place):
     io.write(before, full(3)).result()
     done = io.read(before, back[:100])
     done.result()
-    futures = [io.write(place / "file", full(5)), io.read(before, back)]
+    slow = AsyncIO(queue_depth=1, threads=1, block_size=1 << 12)
+    futures = [slow.write(place / "file", full(5)), slow.read(before, back)]
     child = os.fork()
-    if child == 0: os._exit(inside(io, before, done, futures))
+    if child == 0: os._exit(inside(slow, before, done, futures))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert [future.result() for future in futures] == [4 << 20] * 2
     assert (back == 3).all()
@@ -62,7 +63,7 @@ for engine in sys.argv[2:]:
     os.environ["DS_AIO"] = engine
     place = folder / engine
     place.mkdir()
-    kept.append(AsyncIO(queue_depth=1, threads=1, block_size=1 << 12))
+    kept.append(AsyncIO(queue_depth=2, block_size=1 << 16))
     parent(kept[-1], place)
     for i in range(4): kept[-1].write(place / str(i), full(i + 1))
     dropped = AsyncIO()

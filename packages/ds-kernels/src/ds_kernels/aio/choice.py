@@ -27,9 +27,10 @@ _log = logging.getLogger("ds_kernels")
 
 
 class EngineRow(NamedTuple):
-    """One engine: whether an AsyncIO made now would use it, and why (not)."""
+    """One engine: whether it can be had, whether an AsyncIO made now would use it, and why (not)."""
 
     engine: EngineName
+    there: bool
     used: bool
     why: str
 
@@ -75,7 +76,7 @@ def describe() -> list[EngineRow]:
             used = name
         if there and used != name:
             why += f"; {insisted or used} {'is forced' if insisted else 'comes first'}"
-        rows.append(EngineRow(name, used == name, why))
+        rows.append(EngineRow(name, there, used == name, why))
     return rows
 
 

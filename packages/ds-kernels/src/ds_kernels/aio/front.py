@@ -38,7 +38,7 @@ class AsyncIO:
     def __init__(
         self,
         *,
-        queue_depth: int = 32,
+        queue_depth: int = 64,
         block_size: int = 1 << 20,
         threads: int | None = None,
         engine: EngineName | None = None,
