@@ -4,6 +4,8 @@
 namespace ds {
 namespace DS_SET {
 
+using N = Narrow<V>;
+
 // -- a vector of values ----------------------------------------------------------------------------------------------------
 
 // No subnormal fp32 on the way: a processor may be set to take them for 0.

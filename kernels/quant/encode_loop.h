@@ -4,6 +4,8 @@
 namespace ds {
 namespace DS_SET {
 
+using N = Narrow<V>;
+
 // -- the range of a block: on the bits of the values, as integers, in any order ------------------------------------------
 
 constexpr uint32_t kMagnitude = 0x7fffffffu;

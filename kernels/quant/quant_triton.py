@@ -211,6 +211,76 @@ def dequantize_kernel(
     tl.store(place, _to(value, out.dtype.element_ty), mask=valid)
 
 
+@triton.jit
+def _sum_of_chunks(
+    codes, scales, zeros, codes_stride, scales_stride, zeros_stride, chunks, k, start, group, valid, there,
+    factor, ASYMMETRIC: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, BITS: tl.constexpr,
+    PER: tl.constexpr, BYTES: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros(valid.shape, tl.float32)
+    row = k * 0
+    for _ in range(chunks):
+        total += _read_blocks(
+            codes, scales, zeros, codes_stride, scales_stride, zeros_stride,
+            row, k, start, group, valid, there,
+            ASYMMETRIC, EXPONENT, MANTISSA, BITS, PER, BYTES, LARGEST,
+        )  # fmt: skip
+        row += 1
+    return total * factor
+
+
+@triton.jit
+def sum_kernel(
+    codes, scales, zeros, out, codes_stride, scales_stride, zeros_stride, chunks, numel, block, factor,
+    TOP: tl.constexpr, ASYMMETRIC: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr,
+    BITS: tl.constexpr, PER: tl.constexpr, BYTES: tl.constexpr, LARGEST: tl.constexpr,
+    R: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    _, row, k, start, group, at, valid = _places(1, numel, block, R, G, PER)
+    total = _sum_of_chunks(
+        codes, scales, zeros, codes_stride, scales_stride, zeros_stride,
+        chunks, k, start, group, valid, row < 1, factor,
+        ASYMMETRIC, EXPONENT, MANTISSA, BITS, PER, BYTES, LARGEST,
+    )  # fmt: skip
+    tl.store(out + start[:, None, None] + at[None, :, :], _to(total, out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _regroup(x, R: tl.constexpr, G: tl.constexpr, PER: tl.constexpr):
+    """The same elements in groups of another format."""
+    return tl.reshape(x, (R, G, PER))
+
+
+@triton.jit
+def requantize_kernel(
+    codes, scales, zeros, out_codes, out_scales, out_zeros, codes_stride, scales_stride, zeros_stride,
+    chunks, numel, block, seed, first_block, factor,
+    TOP: tl.constexpr, ASYMMETRIC: tl.constexpr, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr,
+    BITS: tl.constexpr, PER: tl.constexpr, BYTES: tl.constexpr, LARGEST: tl.constexpr,
+    TO_TOP: tl.constexpr, TO_ASYMMETRIC: tl.constexpr, TO_EXPONENT: tl.constexpr, TO_MANTISSA: tl.constexpr,
+    TO_BITS: tl.constexpr, TO_PER: tl.constexpr, TO_BYTES: tl.constexpr, TO_LARGEST: tl.constexpr,
+    STOCHASTIC: tl.constexpr, R: tl.constexpr, G: tl.constexpr,
+):  # fmt: skip
+    number, row, k, start, group, at, valid = _places(1, numel, block, R, G, PER)
+    total = _sum_of_chunks(
+        codes, scales, zeros, codes_stride, scales_stride, zeros_stride,
+        chunks, k, start, group, valid, row < 1, factor,
+        ASYMMETRIC, EXPONENT, MANTISSA, BITS, PER, BYTES, LARGEST,
+    )  # fmt: skip
+    if TO_PER != PER:
+        total = _regroup(total, R, G * PER // TO_PER, TO_PER)
+        _, _, _, _, group, at, valid = _places(1, numel, block, R, G * PER // TO_PER, TO_PER)
+    number = (number + first_block)[:, None, None]
+    code, scale, zero = _encode(
+        total, valid, number, seed, at[None, :, :], TO_TOP, TO_ASYMMETRIC, TO_EXPONENT, TO_MANTISSA, TO_BITS,
+        STOCHASTIC,
+    )  # fmt: skip
+    _pack(out_codes, start // TO_PER * TO_BYTES, code, valid, group, TO_PER, TO_BYTES, TO_BITS)
+    tl.store(out_scales + k, scale, mask=row < 1)
+    if TO_ASYMMETRIC:
+        tl.store(out_zeros + k, zero, mask=row < 1)
+
+
 def constants(form: Format) -> dict[str, Any]:
     """What the kernels know of a format when they are compiled."""
     per, num_bytes = form.group
@@ -273,9 +343,32 @@ def dequantize(parts: Parts, out: Tensor, form: Format, block: int, add: bool) -
         )  # fmt: skip
 
 
+def sum_chunks(parts: Parts, out: Tensor, form: Format, block: int, factor: float) -> None:
+    """Sum rows."""
+    given, numel = pointers(parts), out.shape[1]
+    with torch.cuda.device_of(out):
+        _launch(
+            sum_kernel, 1, numel, block, tiling(form, block),
+            *given, out, *strides(*given), parts.codes.shape[0], numel, block, factor, **constants(form),
+        )  # fmt: skip
+
+
+def requantize(parts: Parts, out: Parts, numel: int, how: Any) -> None:
+    """Sum rows and quantise the sum."""
+    given, to = pointers(parts), {f"TO_{name}": value for name, value in constants(how.out_form).items()}
+    with torch.cuda.device_of(parts.codes):
+        _launch(
+            requantize_kernel, 1, numel, how.block, tiling(how.form, how.block),
+            *given, *pointers(out), *strides(*given), parts.codes.shape[0], numel, how.block,
+            how.rounding.seed, how.rounding.first_block, how.factor,
+            **constants(how.form), **to, STOCHASTIC=how.rounding.stochastic,
+        )  # fmt: skip
+
+
 def _variants() -> list[Variant]:
     steps = [f"{name}_stride" for name in ("x", "codes", "scales", "zeros", "out")]
-    whole = dict.fromkeys((*steps, "rows", "numel", "block", "seed", "first_block", "factor"), "i64")
+    whole = dict.fromkeys((*steps, "rows", "numel", "block", "seed", "first_block", "chunks"), "i64")
+    whole["factor"] = "fp32"
     made = []
     for name, form in FORMATS.items():
         fixed = {**constants(form), **tiling(form, 256)}
@@ -290,6 +383,11 @@ def _variants() -> list[Variant]:
             rounding = {"STOCHASTIC": not form.exponent}
             made.append(Variant(quantize_kernel, {**whole, **types}, {**fixed, **rounding}))
             made.append(Variant(dequantize_kernel, {**whole, **types}, {**fixed, "ADD": False}))
+        types |= {"out_codes": "*u8", "out_scales": "*fp32", "out_zeros": "*fp32"}
+        if name in ("int8", "int4"):  # what collectives send
+            to = {f"TO_{key}": value for key, value in constants(form).items()}
+            made.append(Variant(sum_kernel, {**whole, **types}, fixed))
+            made.append(Variant(requantize_kernel, {**whole, **types}, {**fixed, **to, "STOCHASTIC": True}))
     return made
 
 

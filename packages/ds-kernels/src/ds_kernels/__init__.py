@@ -45,6 +45,8 @@ _HOME: dict[str, str] = {
     "load": "ds_kernels.registry",
     "optim_step_": "ds_kernels.ops.optim.step",
     "quantize_blocks": "ds_kernels.ops.quant",
+    "requantize_blocks": "ds_kernels.ops.quant_reduce",
+    "sum_blocks": "ds_kernels.ops.quant_reduce",
     "report": "ds_kernels.registry",
     "rms_norm": "ds_kernels.ops.norm",
     "undo_step_": "ds_kernels.ops.optim.step",

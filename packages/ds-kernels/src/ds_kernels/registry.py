@@ -31,7 +31,7 @@ FAMILIES = {
     "cross_entropy": "ds_kernels.ops.linear_cross_entropy",
     "norm": "ds_kernels.ops.norm",
     "optim": "ds_kernels.ops.optim",
-    "quant": "ds_kernels.ops.quant",
+    "quant": "ds_kernels.ops.quant_reduce",
 }
 _log = logging.getLogger("ds_kernels")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ds_kernels.ops.quant import (
     quantize_with,
 )
 from ds_kernels.ops.quant_formats import FORMATS
+from ds_kernels.ops.quant_reduce import REQUANTIZE, SUM
 
 # rows, elements, block: nothing, a part of a group, tails of every format, more than a thread's piece of work
 _SHAPES = ((1, 0, 16), (1, 4, 16), (3, 100, 64), (2, 1004, 256), (5, 68, 48), (1, 36, 1024))
@@ -82,4 +84,48 @@ def _dequantize(device: torch.device) -> Iterator[Sample]:
         )
 
 
-SAMPLES: Mapping[str, Samples] = {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
+def _chunks(device: torch.device) -> Iterator[tuple[str, Blocks]]:
+    """Quantised chunks [k, n], in every format."""
+    for number, name in enumerate(FORMATS):
+        chunks, numel, block = ((1, 100, 64), (3, 1004, 256), (0, 36, 16), (5, 68, 48))[number % 4]
+        blocks = allocate_blocks((chunks, numel), format=name, block=block, device=device)  # type: ignore[arg-type]
+        x = Values(number, device).normal(chunks, numel)
+        blocks = replace(blocks, codes=blocks.codes.view(torch.uint8))
+        quantize_with(quantize_rows)(x, blocks.codes, blocks.scales, blocks.zeros, name, block)
+        yield f"{name} {chunks} of {numel} in {block}", blocks
+
+
+def _sum(device: torch.device) -> Iterator[Sample]:
+    for (label, blocks), dtype in product(_chunks(device), DTYPES):
+        out = Values(3, device).normal(blocks.shape[-1], dtype=dtype)
+        yield Sample(
+            f"{label} to {dtype}",
+            (blocks.codes, blocks.scales, blocks.zeros, out, blocks.format, blocks.block, 0.37),
+        )
+
+
+def _requantize(device: torch.device) -> Iterator[Sample]:
+    targets = list(FORMATS)
+    for number, (label, blocks) in enumerate(_chunks(device)):
+        name = targets[number * 3 % 8 if number % 2 else number]
+        out = allocate_blocks(blocks.shape[1:], format=name, block=blocks.block, device=device)  # type: ignore[arg-type]
+        out = replace(out, codes=out.codes.view(torch.uint8))
+        for part in (out.codes, out.scales, out.zeros):
+            if part is not None:
+                part.zero_()
+        yield Sample(
+            f"{label} to {name}",
+            (blocks.codes, blocks.scales, blocks.zeros, out.codes, out.scales, out.zeros, blocks.shape[-1]),
+            {
+                "format": blocks.format, "out_format": name, "block": blocks.block, "factor": 0.25,
+                "stochastic": not FORMATS[name].exponent, "seed": 77, "first_block": 5,
+            },
+        )  # fmt: skip
+
+
+SAMPLES: Mapping[str, Samples] = {
+    QUANTIZE: _quantize,
+    DEQUANTIZE: _dequantize,
+    SUM: _sum,
+    REQUANTIZE: _requantize,
+}

@@ -81,14 +81,12 @@ def quantize_blocks(
     Shapes: x [..., n] fp32, bf16 or fp16. `out` says format and block itself: from `allocate_blocks`, or
     views of your own of its shapes, such as columns of a wire buffer.
     """
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"{QUANTIZE}: rounding={rounding!r}; wanted: 'nearest' or 'stochastic'")
+    by_chance = stochastic(QUANTIZE, rounding)
     if x.dim() == 0:
         check.refuse(QUANTIZE, "x", x, "at least 1 dimension")
     made = out or allocate_blocks(x.shape, dtype=x.dtype, format=format, block=block, device=x.device)
-    stochastic = rounding == "stochastic"
     QUANTIZE_OP(
-        x, made.codes, made.scales, made.zeros, made.format, made.block, stochastic, seed, first_block
+        x, made.codes, made.scales, made.zeros, made.format, made.block, by_chance, seed, first_block
     )  # fmt: skip
     return made
 
@@ -146,6 +144,13 @@ class Parts(NamedTuple):
     def written(self) -> None:
         """Tell autograd."""
         written([part for part in self if part is not None])
+
+
+def stochastic(op: str, rounding: str) -> bool:
+    """Raise ValueError unless `rounding` is a way to round."""
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{op}: rounding={rounding!r}; wanted: 'nearest' or 'stochastic'")
+    return rounding == "stochastic"
 
 
 def form_of(op: str, argument: str, name: str, block: int) -> Format:

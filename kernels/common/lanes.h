@@ -11,7 +11,6 @@ typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Words __attribute__((vector_size(4 * W)));
 typedef int16_t Shorts __attribute__((vector_size(4 * W)));       // twice as many
 typedef uint16_t NarrowWords __attribute__((vector_size(2 * W)));  // as many
-using N = Narrow<V>;
 
 template <class T>
 DS_TARGET static inline Floats load(const T* x) {
