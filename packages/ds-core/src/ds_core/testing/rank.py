@@ -126,9 +126,10 @@ def _call(call: Mapping[str, Any]) -> Any:
     kwargs = {name: decode(value) for name, value in call["kwargs"].items()}
     wanted = inspect.signature(fn).parameters
     kwargs.update({k: v for k, v in {"rank": rank, "world": world}.items() if k in wanted})
+    store = dist.TCPStore("127.0.0.1", call["port"], is_master=False)  # type: ignore[attr-defined]
     dist.init_process_group(
         backend,
-        init_method=f"file://{call['folder']}/store",
+        store=dist.PrefixStore(call["folder"], store),  # type: ignore[attr-defined]
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=call["timeout"] + _SELF_DESTRUCT_S),
