@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-Step = Callable[[Batches], None]
+Step = Callable[[Batches], float | None]  # returns the seconds in the optimizer's step, where that is one call
 
 
 @dataclass(frozen=True)
@@ -48,17 +49,29 @@ def loop(
     autocast: bool = False,
     sync: Callable[[bool], contextlib.AbstractContextManager[Any]] | None = None,
 ) -> Step:
-    def step(batches: Batches) -> None:
+    def step(batches: Batches) -> float:
         for number, (ids, labels) in enumerate(batches):
             last = number == len(batches) - 1
             with sync(last) if sync else contextlib.nullcontext():
                 with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
                     loss = model(ids, labels)
                 (loss / len(batches)).backward()
+        began = time.perf_counter()
         optimizer.step()
+        spent = time.perf_counter() - began
         optimizer.zero_grad()
+        return spent
 
     return step
+
+
+def fused(params: Any) -> torch.optim.Optimizer:
+    if importlib.util.find_spec("ds_kernels") is None:
+        raise Absent("ds-kernels is not installed")
+    from ds_kernels import FusedAdamW
+
+    optimizer: torch.optim.Optimizer = FusedAdamW(params, lr=1e-4)
+    return optimizer
 
 
 # -- ours ---------------------------------------------------------------------------------------------------
@@ -80,6 +93,33 @@ def ds_zero_1(model: nn.Module, setting: Setting) -> Step:
 @contender
 def ds_zero_2(model: nn.Module, setting: Setting) -> Step:
     return _ours(model, setting, 2, adamw)
+
+
+@contender
+def ds_zero_2_fused(model: nn.Module, setting: Setting) -> Step:
+    """As ds_zero_2, with ds-kernels' AdamW, which writes the bf16 shard in the same pass."""
+    return _ours(model, setting, 2, fused)
+
+
+@contender
+def ds_zero_2_low(model: nn.Module, setting: Setting) -> Step:
+    """As ds_zero_2, with gradients that accumulate in bf16."""
+    return _ours_low(model, setting, adamw)
+
+
+@contender
+def ds_zero_2_low_fused(model: nn.Module, setting: Setting) -> Step:
+    """As ds_zero_2_low, with ds-kernels' AdamW, which reads the bf16 gradients as they are."""
+    return _ours_low(model, setting, fused)
+
+
+def _ours_low(model: nn.Module, setting: Setting, optimizer_of: Callable[[Any], Any]) -> Step:
+    from ds_core import ShardedOptimizer
+    from ds_zero import Zero
+
+    optimizer, low = optimizer_of(model.parameters()), "bfloat16" if setting.bf16 else None
+    ShardedOptimizer(optimizer, Zero(stage=2, dtype=low, grad_dtype=low).shard(model))
+    return loop(model, optimizer, setting)
 
 
 @contender

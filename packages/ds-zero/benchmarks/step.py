@@ -2,7 +2,8 @@
 
 Each sample is a fresh pair of processes: a few warm-up steps, then some timed ones. Rounds go A B C A B C.
 Prints a table and writes JSON: wall and CPU time per rank (minimum and median over rounds), tokens per
-second, live tensor bytes per parameter after a step, peak resident memory, and the machine's load.
+second, the optimizer's own step (with what sharding does before and after it), live tensor bytes per
+parameter after a step, peak resident memory, and the machine's load.
 """
 
 from __future__ import annotations
@@ -82,19 +83,21 @@ def rank_main(args: argparse.Namespace) -> None:
         ]
         return [(x[:, :-1], x[:, 1:].contiguous()) for x in ids]
 
-    walls, cpus = [], []
+    walls, cpus, updates = [], [], []
     for number in range(args.warmup + args.steps):
         data = batches()
         dist.barrier()
         began, cpu = time.perf_counter(), cpu_seconds()
-        step(data)
+        update = step(data)
         dist.barrier()
         if number >= args.warmup:
+            updates += [] if update is None else [update]
             walls.append(time.perf_counter() - began)
             cpus.append(cpu_seconds() - cpu)
     figures = {
         "walls": walls,
         "cpus": cpus,
+        "updates": updates,
         "numel": numel,
         "peak_rss": status_bytes("VmHWM"),
         "live_bytes": live_tensor_bytes(),
@@ -159,6 +162,7 @@ def sample(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def summarise(name: str, samples: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
     walls = [wall for one in samples for wall in one["walls"]]
     cpus = [cpu for one in samples for cpu in one["cpus"]]
+    updates = [update for one in samples for update in one["updates"]]
     tokens = args.world * args.accumulate * SEQUENCE
     return {
         "contender": name,
@@ -167,6 +171,8 @@ def summarise(name: str, samples: list[dict[str, Any]], args: argparse.Namespace
         "wall_ms_max": round(max(walls) * 1e3, 1),
         "cpu_ms_min": round(min(cpus) * 1e3, 1),
         "cpu_ms_median": round(statistics.median(cpus) * 1e3, 1),
+        "update_ms_min": round(min(updates) * 1e3, 1) if updates else None,
+        "update_ms_median": round(statistics.median(updates) * 1e3, 1) if updates else None,
         "tokens_per_s_best": round(tokens / min(walls)),
         "tokens_per_s_median": round(tokens / statistics.median(walls)),
         "live_bytes_per_param": round(
@@ -230,15 +236,16 @@ def report(
     bound = next((row for row in rows if row["contender"] == "no_communication"), None)
     print(f"{args.size} {args.dtype} accumulate {args.accumulate}, {args.world} ranks x 1 thread")
     print(
-        f"{'':18}{'wall ms':>9}{'median':>9}{'cpu ms':>8}{'tok/s':>7}"
-        f"{'% bound':>9}{'B/param':>9}{'RSS MB':>8}"
+        f"{'':20}{'wall ms':>9}{'median':>9}{'cpu ms':>8}{'tok/s':>7}"
+        f"{'% bound':>9}{'B/param':>9}{'RSS MB':>8}{'update ms':>11}"
     )
     for row in rows:
         share = 100 * bound["wall_ms_min"] / row["wall_ms_min"] if bound else float("nan")
         row["percent_of_bound"] = round(share, 1)
         print(
-            f"{row['contender']:18}{row['wall_ms_min']:9.0f}{row['wall_ms_median']:9.0f}{row['cpu_ms_min']:8.0f}"
+            f"{row['contender']:20}{row['wall_ms_min']:9.0f}{row['wall_ms_median']:9.0f}{row['cpu_ms_min']:8.0f}"
             f"{row['tokens_per_s_best']:7}{share:9.0f}{row['live_bytes_per_param']:9.2f}{row['peak_rss_mb']:8}"
+            f"{row['update_ms_min'] or float('nan'):11.1f}"
         )
     record = {
         "date": time.strftime("%Y-%m-%d"),

@@ -56,7 +56,7 @@ def plan_optimizer(kind: str, params: Mapping[str, Any]) -> tuple[Named | None, 
         name = _plan_adam(lower, options, problems)
         kernel = None if plain else f"fused_{name.lower()}"
     elif lower == "adagrad":
-        name = "Adagrad"
+        name, kernel = "Adagrad", "fused_adagrad"
     elif lower in _MUP:
         wrong = f"given {kind!r}; build mup's {kind} yourself and pass it to initialize(optimizer=)"
         problems.append(Problem("optimizer.type", wrong))
@@ -90,7 +90,7 @@ def _plan_adam(lower: str, options: dict[str, Any], problems: list[Problem]) -> 
 
 
 def build_optimizer(named: Named, params: Iterable[Any]) -> Optimizer:
-    """The optimizer over these parameters (or groups), with ds-kernels' Adam where it is installed."""
+    """The optimizer over these parameters (or groups): ds-kernels' own where it is installed."""
     options: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in named.params.items()
     }  # betas is a list in JSON, and a tuple in torch's state

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -65,3 +69,23 @@ def scale_grads_(optimizer: ShardedOptimizer, factor: Tensor | float) -> None:
     if not gradients or (on_host and float(factor) == 1.0):
         return
     torch._foreach_mul_(gradients, factor)
+
+
+@contextmanager
+def scaled_grads(optimizer: ShardedOptimizer, factor: float) -> Iterator[None]:
+    """For the step inside, gradients times a factor.
+
+    An optimizer that multiplies gradients as it reads them (`clip_coef`) is told to, which saves a pass over
+    memory and the rounding of low precision gradients; for any other they are scaled.
+    """
+    own = getattr(optimizer.optimizer, "clip_coef", None)
+    if own is None:
+        scale_grads_(optimizer, factor)
+        yield
+        return
+    reader: Any = optimizer.optimizer
+    reader.clip_coef = own * factor
+    try:
+        yield
+    finally:
+        reader.clip_coef = own

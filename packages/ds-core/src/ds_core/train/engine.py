@@ -19,7 +19,7 @@ from ds_core.limits import refuse
 from ds_core.state.forwards import swapped_in
 from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import FlatShard, Json, Saveable, SavedTensor
-from ds_core.train.clip import scale_grads_, square_and_sums
+from ds_core.train.clip import scaled_grads, square_and_sums
 from ds_core.train.explain import explain_engine
 from ds_core.train.memory import explaining_oom
 from ds_core.train.nonfinite import NonFiniteError, explain_nonfinite
@@ -241,8 +241,8 @@ class Engine:
         self._micro = 0
 
     def _update(self, factor: float) -> None:
-        scale_grads_(self.optimizer, factor)
-        with self._explaining_oom():  # the first step allocates the optimizer's state
+        # The first step allocates the optimizer's state.
+        with scaled_grads(self.optimizer, factor), self._explaining_oom():
             self.optimizer.step()
         self.optimizer.zero_grad()
         if self.scheduler is not None:
