@@ -311,7 +311,7 @@ def test_optimizers(given: str, params: dict[str, Any], want: str, decay: float 
     assert named.type == want
     assert named.params.get("weight_decay") == decay
     assert named.kernel == (
-        "fused_" + want.lower() if "Adam" in want and not params.get("torch_adam") else None
+        "fused_" + want.lower() if want.startswith("Ada") and not params.get("torch_adam") else None
     )
 
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 Batches = Sequence[tuple[Tensor, Tensor]]
-Step = Callable[[Batches], float | None]  # returns the seconds in the optimizer's step, where that is one call
+Step = Callable[
+    [Batches], float | None
+]  # returns the seconds in the optimizer's step, where that is one call
 
 
 @dataclass(frozen=True)
