@@ -37,9 +37,12 @@ _HOME: dict[str, str] = {
     "add_layer_norm": "ds_kernels.ops.norm",
     "add_rms_norm": "ds_kernels.ops.norm",
     "allocate_blocks": "ds_kernels.ops.quant",
+    "bias_dropout_add": "ds_kernels.ops.dropout",
+    "bias_gelu": "ds_kernels.ops.activation",
     "cross_entropy": "ds_kernels.ops.cross_entropy",
     "define": "ds_kernels.registry",
     "dequantize_blocks": "ds_kernels.ops.quant",
+    "geglu": "ds_kernels.ops.activation",
     "layer_norm": "ds_kernels.ops.norm",
     "linear_cross_entropy": "ds_kernels.ops.linear_cross_entropy",
     "load": "ds_kernels.registry",
@@ -49,6 +52,7 @@ _HOME: dict[str, str] = {
     "sum_blocks": "ds_kernels.ops.quant_reduce",
     "report": "ds_kernels.registry",
     "rms_norm": "ds_kernels.ops.norm",
+    "swiglu": "ds_kernels.ops.activation",
     "undo_step_": "ds_kernels.ops.optim.step",
 }
 
