@@ -6,6 +6,7 @@ Nothing it imports may start a thread, since a forked rank would lack it; `PROBL
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 
@@ -48,3 +49,6 @@ def _count_threads() -> int:
 PROBLEM = _import_all(_SLOW + tuple(os.environ.get("DS_TEST_PRELOAD", "").split()))
 if not PROBLEM and _count_threads() > 1:
     PROBLEM = f"preloading started {_count_threads() - 1} threads, which a forked rank would lack"
+# What is here stays: a rank that collects garbage need not look at it, which would also copy all its pages.
+gc.collect()
+gc.freeze()
