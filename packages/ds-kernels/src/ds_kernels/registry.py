@@ -29,6 +29,7 @@ ORDER: Mapping[str, tuple[Implementation, ...]] = {
 # family -> the module that defines its ops
 FAMILIES = {
     "activation": "ds_kernels.ops.dropout",
+    "bits": "ds_kernels.ops.sums",
     "cross_entropy": "ds_kernels.ops.linear_cross_entropy",
     "norm": "ds_kernels.ops.norm",
     "optim": "ds_kernels.ops.optim",
