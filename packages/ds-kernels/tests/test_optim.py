@@ -13,7 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ds_kernels import FusedAdagrad, FusedAdam, FusedAdamW, FusedLamb, FusedLion, FusedOptimizer, FusedSGD
+from ds_kernels import (
+    FusedAdagrad,
+    FusedAdam,
+    FusedAdamW,
+    FusedLamb,
+    FusedLion,
+    FusedOptimizer,
+    FusedSGD,
+    Muon,
+)
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95)}
 MOMENTUM: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.9}
@@ -330,5 +339,5 @@ def test_entry_points() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     found = project["entry-points"]["ds.optimizer"]
     kinds = [EntryPoint(name, value, "ds.optimizer").load() for name, value in found.items()]
-    assert kinds == [FusedAdamW, FusedAdam, FusedAdagrad, FusedSGD, FusedLamb, FusedLion]
-    assert [kind.elementwise for kind in kinds] == [True, True, True, True, False, True]
+    assert kinds == [FusedAdamW, FusedAdam, FusedAdagrad, FusedSGD, FusedLamb, FusedLion, Muon]
+    assert [kind.elementwise for kind in kinds] == [True, True, True, True, False, True, False]
