@@ -35,6 +35,7 @@ FAMILIES = {
     "norm": "ds_kernels.ops.norm",
     "optim": "ds_kernels.ops.optim",
     "quant": "ds_kernels.ops.quant_reduce",
+    "rope": "ds_kernels.ops.rope",
 }
 _log = logging.getLogger("ds_kernels")
 
