@@ -31,6 +31,7 @@ FAMILIES = {
     "activation": "ds_kernels.ops.dropout",
     "bits": "ds_kernels.ops.sums",
     "cross_entropy": "ds_kernels.ops.linear_cross_entropy",
+    "linear": "ds_kernels.ops.linear",
     "muon": "ds_kernels.ops.muon",
     "norm": "ds_kernels.ops.norm",
     "optim": "ds_kernels.ops.optim",
