@@ -131,8 +131,7 @@ class Driver {
       error = block.op() == kRead ? 0 : EIO;
       return true;
     }
-    if (block.done % align_) block.fd = block.request->ask.buffered_fd;
-    return false;
+    return false;  // from an unaligned place O_DIRECT is refused, and a plain call does the rest
   }
 
   Queue& queue_;

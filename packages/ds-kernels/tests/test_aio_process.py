@@ -63,12 +63,13 @@ for engine in sys.argv[2:]:
     os.environ["DS_AIO"] = engine
     place = folder / engine
     place.mkdir()
-    kept.append(AsyncIO(queue_depth=2, block_size=1 << 16))
-    parent(kept[-1], place)
-    for i in range(4): kept[-1].write(place / str(i), full(i + 1))
+    with AsyncIO() as io: parent(io, place)
     dropped = AsyncIO()
     dropped.write(place / "dropped", full(9))
     del dropped
+    kept.append(AsyncIO(queue_depth=1, threads=1, block_size=1 << 12))
+for i in range(4):
+    for io in kept: io.write(folder / io.engine / str(i), full(i + 1))
 """
 
 KILLED = """

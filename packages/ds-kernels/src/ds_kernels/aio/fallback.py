@@ -113,10 +113,10 @@ class PythonEngine:
         """One system call; past the page cache where all is aligned."""
         offset, left, size = job.offset + done, len(memory), self._settings.block_size
         call = os.preadv if job.op == "read" else os.pwritev
+        if job.file.direct and offset % ALIGN:
+            return call(job.file.buffered_fd, [memory[: min(size, -offset % ALIGN)]], offset)
         if not job.file.direct or (job.address + done) % ALIGN or left < ALIGN:
             return call(job.file.buffered_fd, [memory[:size]], offset)
-        if offset % ALIGN:
-            return call(job.file.buffered_fd, [memory[: min(size, -offset % ALIGN)]], offset)
         try:
             return call(job.file.direct_fd, [memory[: min(size, left // ALIGN * ALIGN)]], offset)
         except OSError as error:

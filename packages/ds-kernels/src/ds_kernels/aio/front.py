@@ -27,10 +27,10 @@ _log = logging.getLogger("ds_kernels")
 class AsyncIO:
     """Reads and writes of whole contiguous CPU tensors, many at a time, past the page cache where it can be.
 
-    `queue_depth` blocks of at most `block_size` bytes are with the system at once; a request waits to be
-    accepted while `max_pending_bytes` are. `threads` make the system calls. Requests under way may be done in
+    `queue_depth` blocks of at most `block_size` bytes are with the system at once, shared by `threads`
+    threads; a request waits to be accepted while `max_pending_bytes` are. Requests under way may be done in
     any order; leave their tensors alone until they are. What the caller did wrong is raised at once, what the
-    system says comes through the future, and from `wait_all` if nobody asked the future.
+    system says comes through the future, and from `wait_all` if nobody asked it.
     Leaving the `with` block waits for all; after an exception, only for what had begun.
     Raises: ValueError; KernelUnavailable if `engine` or DS_AIO names one that cannot be had.
     """
@@ -50,7 +50,7 @@ class AsyncIO:
         if block_size % ALIGN:
             raise ValueError(f"block_size={block_size}: allowed are multiples of {ALIGN}")
         if threads is not None:
-            _check("threads", threads, 1, 256)
+            _check("threads", threads, 1, min(queue_depth, 256))
         if max_pending_bytes is not None:
             _check("max_pending_bytes", max_pending_bytes, 1, 1 << 62)
         settings = Settings(queue_depth, block_size, threads, max_pending_bytes or 1 << 62)
@@ -69,6 +69,7 @@ class AsyncIO:
     def read(self, file: Path | AioFile, tensor: Tensor, offset: int = 0) -> AioFuture:
         """Fill the tensor with the file's bytes from `offset`; a file that ends too early is an AioError.
 
+        Autograd does not see it: no version counter moves.
         Raises: ValueError for tensors that bytes cannot be read into.
         """
         _check_tensor(tensor, "read into")

@@ -100,7 +100,7 @@ class NativeEngine:
             limit_bytes=settings.max_pending_bytes,
             engine=KINDS[name],
             threads=self.threads,
-            depth=-(-settings.queue_depth // self.threads) if name != "threads" else 1,
+            depth=settings.queue_depth // self.threads if name != "threads" else 1,
         )
         error = self._library.ds_aio_open(ctypes.byref(config), ctypes.byref(self._handle))
         if error:
