@@ -82,9 +82,10 @@ class Watch:
             left = f"it raised {type(cause).__name__}: {str(cause)[:300]}" + (f" (at {at})" if at else "")
         with contextlib.suppress(RuntimeError):  # the store's host has gone before
             self._set(f"left/{self._rank}", report_of(self._lanes.values(), "", left).dumps())
-            end = time.monotonic() + self._grace_s / 2
+            end, pause = time.monotonic() + self._grace_s / 2, 0.001
             while self._rank == 0 and time.monotonic() < end and not self._all_left():
-                time.sleep(self._poll_s / 10)
+                time.sleep(pause)  # mostly the others are as far as this rank
+                pause = min(2 * pause, self._poll_s / 10)
         self._leaves.set()
         self._thread.join(self._poll_s)
 
