@@ -94,10 +94,11 @@ DS_FAST static void direct(const Job& job, int64_t m, int64_t n, int64_t rows) {
   const typename A::T* x = static_cast<const typename A::T*>(job.x) + m * job.x_stride;
   const int64_t blocks = (job.k + 32 * F::kChunks - 1) / (32 * F::kChunks);
   const uint8_t* at[N];
-  int64_t row[N];
+  int64_t first[N];  // of the row's groups
   for (int j = 0; j < N; ++j) {
-    row[j] = n + std::min<int64_t>(j, rows - 1);
-    at[j] = job.codes + row[j] * job.row_bytes;
+    const int64_t row = n + std::min<int64_t>(j, rows - 1);
+    first[j] = row * job.groups;
+    at[j] = job.codes + row * job.row_bytes;
   }
   const int64_t ahead = N * job.row_bytes;  // see [Note: asking ahead]
   __m512 sum[M][N];
@@ -115,12 +116,12 @@ DS_FAST static void direct(const Job& job, int64_t m, int64_t n, int64_t rows) {
       const typename F::Raw raw = F::raw(codes, constants);
       __m512 part[M];
       float scale = 1.0f;
-      typename F::Group group = F::exact(job, row[j], 0);
+      typename F::Group group = F::exact(job, first[j]);
 #pragma GCC unroll 8
       for (int c = 0; c < F::kChunks; ++c) {
         if (Step && c % (Step ? Step : 1) == 0) {
-          scale = job.scales[row[j] * job.groups + groups[c]];
-          group = F::exact(job, row[j], groups[c]);
+          scale = job.scales[first[j] + groups[c]];
+          group = F::exact(job, first[j] + groups[c]);
 #pragma GCC unroll 2
           for (int i = 0; i < M; ++i) part[i] = _mm512_setzero_ps();
         }
@@ -202,7 +203,7 @@ DS_FAST static void decode(const Job& job, int64_t row, int64_t k, int64_t width
   const int64_t first = k / 32, blocks = width / (32 * F::kChunks);
   const uint8_t* codes = job.codes + row * job.row_bytes + first / F::kChunks * F::kBytes;
   const int64_t ahead = kTileRows * job.row_bytes;  // see [Note: asking ahead]
-  typename F::Group group = F::exact(job, row, 0);
+  typename F::Group group = F::exact(job, row * job.groups);
   int64_t next = first / job.group_chunks, left = 0;  // the group after this one, and chunks until then
   float scale = 1.0f;
   for (int64_t b = 0; b < blocks; ++b, codes += F::kBytes) {
@@ -212,9 +213,9 @@ DS_FAST static void decode(const Job& job, int64_t row, int64_t k, int64_t width
 #pragma GCC unroll 8
     for (int c = 0; c < F::kChunks; ++c) {
       if (Grouped && left-- == 0) {
-        const int64_t g = std::min(next++, job.groups - 1);
-        group = fold ? F::folded(job, row, g) : F::exact(job, row, g);
-        scale = job.scales[row * job.groups + g];
+        const int64_t at = row * job.groups + std::min(next++, job.groups - 1);
+        group = fold ? F::folded(job, at) : F::exact(job, at);
+        scale = job.scales[at];
         left = job.group_chunks - 1 - (b == 0 && c == 0 ? first % job.group_chunks : 0);
       }
       A::put(out + (b * F::kChunks + c) * 32, F::template chunk<fold>(raw, c, constants, group), scale);
@@ -312,6 +313,18 @@ DS_FAST static void stream(const Job& job, const uint16_t* w, int64_t m, int64_t
   write<kTileRows, 1>(job, m, n, rows, sum);
 }
 
+// Rows of the weights in bf16. Numbers below 2^-126 become zero.
+template <class F>
+DS_FAST static bool dequantised(const Job& job, int64_t, int64_t, int64_t n0, int64_t n1) {
+  Scratch<uint16_t> scratch;
+  if (!scratch.make(job.width, 0)) return false;
+  for (int64_t n = n0; n < n1; ++n) {
+    decode<F, InBf16, true>(job, n, 0, job.width, scratch.weights);
+    std::memcpy(static_cast<uint16_t*>(job.out) + n * job.k, scratch.weights, static_cast<size_t>(job.k) * 2);
+  }
+  return true;
+}
+
 DS_FAST static bool plain(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   const uint16_t* weights = reinterpret_cast<const uint16_t*>(job.codes);
   for (int64_t n = n0; n < n1; n += kTileRows) {
@@ -343,6 +356,11 @@ Body pick_dot512(int format, bool in_bf16, int64_t k) {
   return in_bf16 ? quantised<Fp6, InBf16> : quantised<Fp6, InFloat>;
 }
 
+Body pick_dequantize512(int format, int dtype, int64_t k) {
+  if (dtype != kBf16 || !pick_dot512(format, true, k)) return nullptr;
+  return format == kInt8 ? dequantised<Int8> : format == kInt4 ? dequantised<Int4> : dequantised<Fp6>;
+}
+
 void fill_x512(const void* x, int dtype, int64_t k, int64_t width, bool in_bf16, void* out) {
   if (in_bf16) {
     std::memcpy(out, x, static_cast<size_t>(k) * 2);
@@ -364,6 +382,7 @@ void fill_x512(const void* x, int dtype, int64_t k, int64_t width, bool in_bf16,
 namespace ds {
 
 Body pick_dot512(int, bool, int64_t) { return nullptr; }
+Body pick_dequantize512(int, int, int64_t) { return nullptr; }
 void fill_x512(const void*, int, int64_t, int64_t, bool, void*) {}
 
 }  // namespace ds

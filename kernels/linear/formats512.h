@@ -50,7 +50,7 @@ const Tables& tables() {
   return made;
 }
 
-// -- formats: a block of codes, then 32 bf16 values per chunk ------------------------------------------------------------------
+// -- formats: a block of codes, then 32 bf16 values per chunk; `at` is where a row's group has its scale ------------------------------------------------------------------
 
 // Multiplies 32 bf16 values by a scale, in order, each rounded to bf16.
 DS_INLINE V scaled(V w, float scale) {
@@ -79,8 +79,8 @@ struct Int8 {
             {_mm512_load_si512(t.int8_high), _mm512_load_si512(t.int8_high + 64)},
             _mm512_load_si512(t.order), _mm512_set1_epi8(-128)};
   }
-  DS_INLINE Group exact(const Job&, int64_t, int64_t) { return {1.0f}; }
-  DS_INLINE Group folded(const Job& job, int64_t row, int64_t group) { return {job.scales[row * job.groups + group]}; }
+  DS_INLINE Group exact(const Job&, int64_t) { return {1.0f}; }
+  DS_INLINE Group folded(const Job& job, int64_t at) { return {job.scales[at]}; }
   DS_INLINE Raw raw(const uint8_t* codes, const Constants& c) {
     const V value = _mm512_permutexvar_epi64(c.order, _mm512_loadu_si512(codes)), magnitude = _mm512_abs_epi8(value);
     const V low = _mm512_permutex2var_epi8(c.low[0], magnitude, c.low[1]);
@@ -103,16 +103,16 @@ struct Int4 {
   };
   using Raw = V;
   DS_INLINE Constants constants() { return {}; }
-  DS_INLINE int zero(const Job& job, int64_t row, int64_t group) {
-    return job.zeros ? job.zeros[row * job.groups + group] & 15 : kSymmetricZero;
+  DS_INLINE int zero(const Job& job, int64_t at) {
+    return job.zeros ? job.zeros[at] & 15 : kSymmetricZero;
   }
-  DS_INLINE Group exact(const Job& job, int64_t row, int64_t group) {
-    return {_mm512_load_si512(tables().int4[zero(job, row, group)])};
+  DS_INLINE Group exact(const Job& job, int64_t at) {
+    return {_mm512_load_si512(tables().int4[zero(job, at)])};
   }
-  DS_INLINE Group folded(const Job& job, int64_t row, int64_t group) {
-    const __m512 from = _mm512_set1_ps(static_cast<float>(zero(job, row, group)));
+  DS_INLINE Group folded(const Job& job, int64_t at) {
+    const __m512 from = _mm512_set1_ps(static_cast<float>(zero(job, at)));
     const __m512 codes = _mm512_sub_ps(_mm512_load_ps(tables().int4_codes), from);
-    const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(job.scales[row * job.groups + group]));
+    const __m512 values = _mm512_mul_ps(codes, _mm512_set1_ps(job.scales[at]));
     return {(V)_mm512_cvtne2ps_pbh(values, values)};
   }
   DS_INLINE Raw raw(const uint8_t* codes, const Constants&) { return _mm512_loadu_si512(codes); }
@@ -133,11 +133,11 @@ struct Fp6 {
     V words[3];
   };
   DS_INLINE Constants constants() { return {}; }
-  DS_INLINE Group exact(const Job&, int64_t, int64_t) {
+  DS_INLINE Group exact(const Job&, int64_t) {
     return {_mm512_load_si512(tables().fp6), _mm512_load_si512(tables().fp6 + 32)};
   }
-  DS_INLINE Group folded(const Job& job, int64_t row, int64_t group) {
-    const __m512 s = _mm512_set1_ps(job.scales[row * job.groups + group]);
+  DS_INLINE Group folded(const Job& job, int64_t at) {
+    const __m512 s = _mm512_set1_ps(job.scales[at]);
     const float* v = tables().fp6_values;
     const __m512 a = _mm512_mul_ps(_mm512_load_ps(v), s), b = _mm512_mul_ps(_mm512_load_ps(v + 16), s);
     const __m512 c = _mm512_mul_ps(_mm512_load_ps(v + 32), s), d = _mm512_mul_ps(_mm512_load_ps(v + 48), s);

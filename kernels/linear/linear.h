@@ -89,6 +89,9 @@ inline int64_t apart(int64_t width, int64_t element) { return width * element % 
 // Null where it is not for this processor or these sizes.
 Body pick_dot512(int format, bool in_bf16, int64_t k);
 
+// The same for dequantising to a dtype.
+Body pick_dequantize512(int format, int dtype, int64_t k);
+
 // Fills one row of x for that body: fp32 goes as the 16 even, then the 16 odd elements of every chunk.
 void fill_x512(const void* x, int dtype, int64_t k, int64_t width, bool in_bf16, void* out);
 

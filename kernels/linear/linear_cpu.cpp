@@ -108,7 +108,12 @@ DS_EXPORT int ds_linear_dequantize(const DsLinearCall* call) {
   Job job;
   int isa = 0;
   if (const int status = job_of(call, &isa, &job)) return status;
-  return over_pieces(job, DS_PICK(isa, dequantize), 1, call->threads) ? kOk : kNoMemory;
+  const int64_t block = block_codes(job.format);
+  job.width = (job.k + block - 1) / block * block;
+  const bool fast = isa == kAvx512 && !call->without_bf16;
+  Body body = fast ? pick_dequantize512(job.format, call->x_dtype, job.k) : nullptr;
+  if (!body) body = DS_PICK(isa, dequantize);
+  return over_pieces(job, body, 1, call->threads) ? kOk : kNoMemory;
 }
 
 // Is the body with bf16 dot products for this processor?

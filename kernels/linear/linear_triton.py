@@ -183,7 +183,7 @@ def make_linear(bits: Bits) -> Callable[..., Tensor]:
         batch = x.numel() // columns if columns else 0
         if x.dtype == torch.float64 or not (batch and rows):
             return reference(x, codes, scales, zeros, bias, group, columns)
-        if batch >= _DENSE:
+        if batch >= _DENSE and x.dtype != torch.float16:  # whose range a weight may leave
             weight = dequantize(codes, scales, zeros, bits, group, columns, x.dtype)
             return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         x = x.contiguous()

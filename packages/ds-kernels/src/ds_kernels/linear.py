@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ds_kernels.ops.linear import dequantize_linear, quant_linear
+from ds_kernels.ops.linear import OPS, dequantize_linear
 from ds_kernels.packed import (
     DEFAULT_GROUP,
     Bits,
@@ -90,7 +90,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out], in x's dtype."""
-        return quant_linear(x, self.packed, self.bias)
+        out: Tensor = OPS[self.bits](
+            x, self.codes, self.scales, self.zeros, self.bias, self.group, self.in_features
+        )
+        return out
 
     def extra_repr(self) -> str:
         """What print shows."""

@@ -216,9 +216,16 @@ def make_bound(bits: Bits) -> Callable[..., list[Tensor]]:
     def bound(args: tuple[Any, ...], kwargs: dict[str, Any], wanted: list[Tensor]) -> list[Tensor]:
         x, codes, scales, zeros, bias, group, columns = args
         weight = unpack(codes, scales, zeros, bits, group, columns, torch.float64)
-        return [_bound(x, weight, bias, wanted[0], x.dtype == torch.bfloat16 and scales.shape[1] > 1)]
+        many = wanted[0].numel() // max(1, codes.shape[0]) >= 32  # may go the dense way
+        rounded = x.dtype == torch.bfloat16 and (scales.shape[1] > 1 or many)
+        return [_bound(x, weight, bias, wanted[0], rounded)]
 
     return bound
+
+
+def bound_dequantize(args: tuple[Any, ...], kwargs: dict[str, Any], wanted: list[Tensor]) -> list[float]:
+    """The same bits, but for numbers below the smallest normal one, which may be zero."""
+    return [float(torch.finfo(torch.float32).smallest_normal)]
 
 
 def bound_bf16(args: tuple[Any, ...], kwargs: dict[str, Any], wanted: list[Tensor]) -> list[Tensor]:
@@ -276,5 +283,6 @@ DEQUANTIZE = define(
         fake=fake_dequantize,
         native=lambda library: make_native_dequantize(library, reference_dequantize),
         triton=lambda module: module.dequantize,
+        bound=bound_dequantize,
     )
 )

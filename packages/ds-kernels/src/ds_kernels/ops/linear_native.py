@@ -15,7 +15,6 @@ from ds_kernels.ops.linear_check import check_bf16, check_dequantize, check_line
 from ds_kernels.packed import Bits
 
 FORMATS: dict[int, int] = {16: 0, 8: 1, 4: 2, 6: 3}  # Format of kernels/linear/linear.h
-_NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Routes:
         fast = bool(library.handle.ds_linear_has_dot512()) and library.isa == "avx512"
         if not fast:
             return cls(dense=32, plain=0)
-        return cls(dense=32 if torch.cpu._is_amx_tile_supported() else _NEVER, plain=17)
+        return cls(dense=32 if torch.cpu._is_amx_tile_supported() else 512, plain=17)
 
 
 class _Call(ctypes.Structure):
