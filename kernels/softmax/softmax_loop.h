@@ -21,6 +21,12 @@ DS_TARGET static inline void logits_of(const DsSoftmaxCall& call, const T* x, in
   for (int64_t i = seen > at ? seen - at : 0; i < count; ++i) made[i] = -__builtin_inff();
 }
 
+DS_TARGET static inline void exponentials(float* v, float from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) v[i] = exp_of(v[i] - from);
+}
+
+constexpr int64_t kHeld = 4 * kBlock;  // elements of a row that are kept as fp32, in L1
+
 template <class T>
 DS_TARGET static void forward_row(const DsSoftmaxCall& call, int64_t row) {
   const int64_t cols = call.cols, i2 = row % call.inner, rest = row / call.inner;
@@ -30,31 +36,36 @@ DS_TARGET static void forward_row(const DsSoftmaxCall& call, int64_t row) {
   const int64_t before = call.causal ? cols - call.inner + i2 + 1 : cols, seen = before < 0 ? 0 : before;
   const T* x = static_cast<const T*>(call.x) + row * cols;
   T* out = static_cast<T*>(call.out) + row * cols;
-  float made[kBlock], results[kBlock];
   const int64_t reach = seen < cols ? seen : cols;
+  const bool fits = cols <= kHeld;  // else the logits are made thrice and the exponentials twice, to the same bits
+  float held[kHeld], results[kBlock];
   Largest largest;
   for (int64_t at = 0; at < reach; at += kBlock) {
     const int64_t count = cols - at < kBlock ? cols - at : kBlock;
-    logits_of(call, x, mask, at, count, seen, made);
-    const float* v = made;
+    float* v = fits ? held + at : held;
+    logits_of(call, x, mask, at, count, seen, v);
     largest.add(count, [=](int64_t i) DS_INLINE { return v[i]; });
   }
   const float most = largest.total(), from = most == -__builtin_inff() ? 0.0f : most;
   Sum sum;
   for (int64_t at = 0; at < reach; at += kBlock) {
     const int64_t count = cols - at < kBlock ? cols - at : kBlock;
-    logits_of(call, x, mask, at, count, seen, made);
-    const float* v = made;
-    sum.add(count, [=](int64_t i) DS_INLINE { return exp_of(v[i] - from); });
+    float* v = fits ? held + at : held;
+    if (!fits) logits_of(call, x, mask, at, count, seen, v);
+    exponentials(v, from, count);
+    sum.add(count, [=](int64_t i) DS_INLINE { return v[i]; });
   }
   const float total = sum.total(), share = total == 0.0f ? 0.0f : 1.0f / total;  // a row without any key is all zeros
   for (int64_t at = 0; at < cols; at += kBlock) {
     const int64_t count = cols - at < kBlock ? cols - at : kBlock;
-    float* y = target_of(out + at, results);
+    float *v = fits ? held + at : held, *y = target_of(out + at, results);
     if (at < reach) {
-      logits_of(call, x, mask, at, count, seen, made);
+      if (!fits) {
+        logits_of(call, x, mask, at, count, seen, v);
+        exponentials(v, from, count);
+      }
 #pragma GCC ivdep
-      for (int64_t i = 0; i < count; ++i) y[i] = exp_of(made[i] - from) * share;
+      for (int64_t i = 0; i < count; ++i) y[i] = v[i] * share;
     } else {
       for (int64_t i = 0; i < count; ++i) y[i] = 0.0f;
     }

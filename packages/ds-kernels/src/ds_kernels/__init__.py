@@ -65,6 +65,7 @@ _HOME: dict[str, str] = {
     "rotary": "ds_kernels.ops.rope",
     "rotary_": "ds_kernels.ops.rope",
     "rotary_tables": "ds_kernels.ops.rope",
+    "softmax": "ds_kernels.ops.softmax",
     "sum_blocks": "ds_kernels.ops.quant_reduce",
     "sum_into_": "ds_kernels.ops.sums",
     "swiglu": "ds_kernels.ops.activation",

@@ -37,6 +37,7 @@ FAMILIES = {
     "optim": "ds_kernels.ops.optim",
     "quant": "ds_kernels.ops.quant_reduce",
     "rope": "ds_kernels.ops.rope",
+    "softmax": "ds_kernels.ops.softmax",
 }
 _log = logging.getLogger("ds_kernels")
 
