@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import statistics
@@ -321,6 +322,7 @@ def test_nothing_leaks(engine: EngineName, tmp_path: Path) -> None:
         for _ in range(count):
             with AsyncIO(engine=engine, queue_depth=4, block_size=ALIGN) as other:
                 work(other, 1)
+                other.read(AioFile(tmp_path / "file"), torch.empty(10)).result(10)
 
     with AsyncIO(engine=engine, queue_depth=4, block_size=ALIGN) as io:
         work(io, 200)
@@ -328,6 +330,7 @@ def test_nothing_leaks(engine: EngineName, tmp_path: Path) -> None:
         before = used()
         work(io, 1000)
         engines(20)
+        gc.collect()
         after = used()
     assert after[0] <= before[0]
     assert after[1] - before[1] < 8 << 20

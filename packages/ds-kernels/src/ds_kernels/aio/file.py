@@ -51,8 +51,15 @@ class AioFile:
                 # Only edges come this way: reading ahead would be for nothing.
                 os.posix_fadvise(self.buffered_fd, 0, 0, os.POSIX_FADV_RANDOM)
         except BaseException:
+            self._leases = 0
             self._close_all()
             raise
+
+    def __del__(self) -> None:
+        # Nobody can use it any more: requests hold the file, too.
+        if getattr(self, "_leases", 0):
+            self._leases = 0
+            self._close_all()
 
     @property
     def direct(self) -> bool:
