@@ -145,7 +145,7 @@ def test_the_interpreter_runs_meanwhile(engine: EngineName, tmp_path: Path) -> N
         thread = threading.Thread(target=tick)
         thread.start()
         begin = time.perf_counter()
-        for _ in range(8):
+        for _ in range(24):
             last = io.write(file, source)
         last.result(60)
         end = time.perf_counter()
