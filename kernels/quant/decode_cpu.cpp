@@ -1,4 +1,6 @@
 // Dequantises rows of blocks to floats: plain C ABI, no torch and no Python header.
+#include <type_traits>
+
 #include "narrow.h"
 #include "quant.h"
 

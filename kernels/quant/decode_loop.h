@@ -47,18 +47,29 @@ DS_TARGET static inline Floats values_of(const uint8_t* codes) {
 template <int F, class T, bool Add>
 DS_TARGET static inline void decode_group(const uint8_t* in, float scale, float zero, T* out) {
   constexpr bool asymmetric = F == kUint8 || F == kUint4;
-  for (int i = 0; i < kGroup; i += W) {
-    Floats value = values_of<F>(in + code_bytes(F, i)) * scale;
-    if constexpr (asymmetric) value = value + zero;
-    if constexpr (Add) value = load(out + i) + value;
-    store(out + i, value);
+  for (int i = 0; i < kGroup; i += 2 * W) {
+    Floats value[2];
+    for (int j = 0; j < 2; ++j) {
+      value[j] = values_of<F>(in + code_bytes(F, i + j * W)) * scale;
+      if constexpr (asymmetric) value[j] = value[j] + zero;
+      if constexpr (Add) value[j] = load(out + i + j * W) + value[j];
+    }
+    if constexpr (std::is_same_v<T, bf16> && !Add) {
+      N::store_bf16(out + i, (N::Floats)value[0], (N::Floats)value[1]);
+    } else {
+      for (int j = 0; j < 2; ++j) store(out + i + j * W, value[j]);
+    }
   }
 }
+
+// A NaN without what it may carry: see store_bf16.
+static inline float plain(float x) { return x == x ? x : __builtin_nanf(""); }
 
 template <int F, class T, bool Add>
 DS_TARGET static void decode_block(const uint8_t* codes, int64_t numel, float scale, const float* zero, void* to) {
   T* out = static_cast<T*>(to);
-  const float offset = zero ? *zero : 0.0f;
+  const float offset = zero ? plain(*zero) : 0.0f;
+  scale = plain(scale);
   const int64_t groups = numel / kGroup, left = numel % kGroup, bytes = code_bytes(F, kGroup);
   for (int64_t g = 0; g < groups; ++g) decode_group<F, T, Add>(codes + g * bytes, scale, offset, out + g * kGroup);
   if (!left) return;

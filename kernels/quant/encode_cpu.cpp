@@ -1,4 +1,6 @@
 // Quantises rows of floats in blocks: plain C ABI, no torch and no Python header.
+#include <type_traits>
+
 #include "narrow.h"
 #include "quant.h"
 
@@ -17,12 +19,12 @@ extern "C" DS_EXPORT int ds_quantize_blocks(const DsBlocks* call) {
   const DsBlocks c = *call;
   const Encode encode = pick_encode(c.isa, c.format, c.dtype);
   const int64_t each = (c.numel + c.block - 1) / c.block;
-  over_blocks(c.rows, c.numel, c.block, c.threads, [&](int64_t row, int64_t k, int64_t start, int64_t numel) {
+  over_runs(c.rows, c.numel, c.block, c.threads, [&](int64_t row, int64_t k, int64_t start, int64_t numel) {
     const uint64_t number = static_cast<uint64_t>(c.first_block + row * each + k);
     const char* values = static_cast<const char*>(c.values) + (row * c.values_stride + start) * value_bytes(c.dtype);
-    encode(values, numel, c.codes + row * c.codes_stride + code_bytes(c.format, start),
+    encode(values, numel, c.block, c.codes + row * c.codes_stride + code_bytes(c.format, start),
            c.scales + row * c.scales_stride + k, c.zeros ? c.zeros + row * c.zeros_stride + k : nullptr,
-           dice_of(c.flag != 0, static_cast<uint64_t>(c.seed), number));
+           {c.flag != 0, static_cast<uint64_t>(c.seed), number});
   });
   return kOk;
 }

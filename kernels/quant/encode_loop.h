@@ -10,43 +10,17 @@ using N = Narrow<V>;
 
 constexpr uint32_t kMagnitude = 0x7fffffffu;
 
-// Ordered as integers as the floats are, NaNs beyond the infinities.
-template <class Int>
-DS_TARGET static inline Int ordered(Int x) {
-  constexpr int top = sizeof(x[0]) * 8 - 1;
-  return x ^ ((x >> top) & static_cast<decltype(+x[0])>((1u << top) - 1));
-}
-
-template <class Int>
-DS_TARGET static inline Int larger(Int a, Int b) {
-  return a > b ? a : b;
-}
-
-template <class Int>
-DS_TARGET static inline Int smaller(Int a, Int b) {
-  return a < b ? a : b;
-}
-
 static inline float value_of(int32_t bits, const float*) { return float_of(static_cast<uint32_t>(bits)); }
 static inline float value_of(int32_t bits, const bf16*) { return to_float(bf16{static_cast<uint16_t>(bits)}); }
 static inline float value_of(int32_t bits, const fp16*) { return to_float(fp16{static_cast<uint16_t>(bits)}); }
 
+// Plain loops, which the compiler vectorises to the horizontal steps.
 template <class T>
 DS_TARGET static float magnitude(const T* x, int64_t numel) {
-  using Int = std::conditional_t<sizeof(T) == 4, Ints, Shorts>;
   using One = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
-  constexpr int lanes = sizeof(Int) / sizeof(One);
   constexpr One mask = static_cast<One>(sizeof(T) == 4 ? 0x7fffffff : 0x7fff);
-  Int a{}, b{};
-  int64_t i = 0;
-  for (; i + 2 * lanes <= numel; i += 2 * lanes) {
-    a = larger<Int>(a, read<Int>(x + i) & mask);
-    b = larger<Int>(b, read<Int>(x + i + lanes) & mask);
-  }
-  a = larger<Int>(a, b);
   One best = 0;
-  for (int k = 0; k < lanes; ++k) best = a[k] > best ? a[k] : best;
-  for (; i < numel; ++i) {
+  for (int64_t i = 0; i < numel; ++i) {
     const One u = static_cast<One>(read<One>(x + i) & mask);
     best = u > best ? u : best;
   }
@@ -55,24 +29,12 @@ DS_TARGET static float magnitude(const T* x, int64_t numel) {
 
 template <class T>
 DS_TARGET static void extremes(const T* x, int64_t numel, float* least, float* most) {
-  using Int = std::conditional_t<sizeof(T) == 4, Ints, Shorts>;
   using One = std::conditional_t<sizeof(T) == 4, int32_t, int16_t>;
-  constexpr int lanes = sizeof(Int) / sizeof(One);
   constexpr One mask = static_cast<One>(sizeof(T) == 4 ? 0x7fffffff : 0x7fff);
   One low = mask, high = static_cast<One>(~mask);
-  int64_t i = 0;
-  if (numel >= lanes) {
-    Int a = ordered<Int>(read<Int>(x)), b = a;
-    for (i = lanes; i + lanes <= numel; i += lanes) {
-      const Int u = ordered<Int>(read<Int>(x + i));
-      a = smaller<Int>(a, u);
-      b = larger<Int>(b, u);
-    }
-    for (int k = 0; k < lanes; ++k) low = a[k] < low ? a[k] : low, high = b[k] > high ? b[k] : high;
-  }
-  for (; i < numel; ++i) {
+  for (int64_t i = 0; i < numel; ++i) {
     One u = read<One>(x + i);
-    u = static_cast<One>(u ^ ((u >> (sizeof(One) * 8 - 1)) & mask));
+    u = static_cast<One>(u ^ ((u >> (sizeof(One) * 8 - 1)) & mask));  // ordered as the floats are, NaNs outermost
     low = u < low ? u : low;
     high = u > high ? u : high;
   }
@@ -92,11 +54,13 @@ template <bool Asymmetric, bool Stochastic>
 DS_TARGET static inline Ints integer_codes(Floats x, const Coding& k, float top, const uint16_t* dice) {
   Floats t = Asymmetric ? (x - k.zero) * k.inverse : x * k.inverse;
   if constexpr (Stochastic) {
-    const float low = Asymmetric ? 0.0f : -top;
-    t = t < low ? low - Floats{} : t;
-    t = t > top ? top - Floats{} : t;
     const Ints drawn = __builtin_convertvector(read<NarrowWords>(dice), Ints);
     t += __builtin_convertvector(drawn, Floats) * 0x1p-16f + (0x1p-17f - 0.5f);
+    // What rounding errors of the division add to the largest value may carry it over.
+    const int32_t high = static_cast<int32_t>(top), low = Asymmetric ? 0 : -high;
+    Ints code = (Ints)N::round((N::Floats)t);
+    code = code > high ? high - Ints{} : code;
+    return code < low ? low - Ints{} : code;
   }
   return (Ints)N::round((N::Floats)t);
 }
@@ -142,7 +106,7 @@ DS_TARGET static inline Ints codes_of(Floats x, const Coding& k, const uint16_t*
 }
 
 template <int F, class T, bool Stochastic>
-DS_TARGET static inline void encode_group(const T* x, uint8_t* out, const Coding& k, const Dice& from, int64_t group) {
+DS_TARGET static inline void encode_group(const T* x, uint8_t* out, const Coding k, const Dice from, int64_t group) {
   alignas(64) uint16_t dice[kGroup];
   if constexpr (Stochastic) roll(dice, from, group);
   for (int i = 0; i < kGroup; i += 4 * W) {
@@ -169,7 +133,7 @@ constexpr float top_of(int format) {
 }
 
 template <int F, class T, bool Stochastic>
-DS_TARGET static void encode_groups(const T* x, int64_t numel, uint8_t* codes, const Coding& k, const Dice& dice) {
+DS_TARGET static void encode_groups(const T* x, int64_t numel, uint8_t* codes, const Coding k, const Dice dice) {
   const int64_t groups = numel / kGroup, left = numel % kGroup, bytes = code_bytes(F, kGroup);
   for (int64_t g = 0; g < groups; ++g) encode_group<F, T, Stochastic>(x + g * kGroup, codes + g * bytes, k, dice, g);
   if (!left) return;
@@ -182,40 +146,65 @@ DS_TARGET static void encode_groups(const T* x, int64_t numel, uint8_t* codes, c
   std::memcpy(codes + groups * bytes, tail_codes, static_cast<size_t>(code_bytes(F, left)));
 }
 
+// Ranges, then scales, then codes of some blocks, which are in the nearest cache meanwhile: block by block, each would wait
+// for two divisions.
+constexpr int kBatch = 16, kBatchNumel = 4096;
+
 template <int F, class T>
-DS_TARGET static void encode_block(const void* values, int64_t numel, uint8_t* codes, float* scale, float* zero, const Dice& dice) {
+DS_TARGET static void encode_batch(const T* x, int64_t numel, int64_t block, uint8_t* codes, float* scales, float* zeros,
+                                   const Draw& draw) {
+  constexpr bool asymmetric = F == kUint8 || F == kUint4, integer = F <= kUint4;
+  const int count = static_cast<int>((numel + block - 1) / block);
+  float size[kBatch], zero[kBatch] = {}, inverse[kBatch];
+  for (int i = 0; i < count; ++i) {
+    const int64_t start = i * block, length = numel - start < block ? numel - start : block;
+    if (asymmetric) {
+      float most;
+      extremes(x + start, length, &zero[i], &most);
+      size[i] = most - zero[i];
+    } else {
+      size[i] = magnitude(x + start, length);
+    }
+  }
+  for (int i = 0; i < count; ++i) {
+    const float quotient = size[i] / top_of(F), scale = quotient > kFloor ? quotient : kFloor;
+    inverse[i] = 1.0f / scale;
+    size[i] = size[i] < kLimit ? scale : __builtin_nanf("");
+  }
+  for (int i = 0; i < count; ++i) {
+    const int64_t start = i * block, length = numel - start < block ? numel - start : block;
+    const bool fits = size[i] == size[i];
+    uint8_t* to = codes + code_bytes(F, start);
+    scales[i] = size[i];
+    if (asymmetric) zeros[i] = fits ? zero[i] : __builtin_nanf("");
+    if (!fits) {
+      std::memset(to, 0, static_cast<size_t>(code_bytes(F, length)));
+    } else if (integer && draw.stochastic) {
+      encode_groups<F, T, integer>(x + start, length, to, {inverse[i], zero[i], asymmetric},
+                                   dice_of(draw.seed, draw.block + static_cast<uint64_t>(i)));
+    } else {
+      encode_groups<F, T, false>(x + start, length, to, {inverse[i], zero[i], asymmetric}, {});
+    }
+  }
+}
+
+template <int F, class T>
+DS_TARGET static void encode_blocks(const void* values, int64_t numel, int64_t block, uint8_t* codes, float* scales, float* zeros,
+                                    const Draw& draw) {
   const T* x = static_cast<const T*>(values);
-  Coding k{0, 0, F == kUint8 || F == kUint4};
-  float size;
-  if (k.asymmetric) {
-    float most;
-    extremes(x, numel, &k.zero, &most);
-    size = most - k.zero;
-  } else {
-    size = magnitude(x, numel);
-  }
-  const bool fits = size < kLimit;
-  const float quotient = size / top_of(F);
-  *scale = fits ? (quotient > kFloor ? quotient : kFloor) : __builtin_nanf("");
-  if (k.asymmetric) *zero = fits ? k.zero : __builtin_nanf("");
-  if (!fits) {
-    std::memset(codes, 0, static_cast<size_t>(code_bytes(F, numel)));
-    return;
-  }
-  k.inverse = 1.0f / *scale;
-  constexpr bool integer = F <= kUint4;
-  if (integer && dice.stochastic) {
-    encode_groups<F, T, integer>(x, numel, codes, k, dice);
-  } else {
-    encode_groups<F, T, false>(x, numel, codes, k, dice);
+  const int64_t fitting = kBatchNumel / block, batch = fitting < 1 ? 1 : fitting < kBatch ? fitting : kBatch;
+  for (int64_t k = 0; k * block < numel; k += batch) {
+    const int64_t start = k * block, rest = numel - start, length = rest < batch * block ? rest : batch * block;
+    const Draw mine{draw.stochastic, draw.seed, draw.block + static_cast<uint64_t>(k)};
+    encode_batch<F>(x + start, length, block, codes + code_bytes(F, start), scales + k, zeros ? zeros + k : nullptr, mine);
   }
 }
 
 template <class T>
 static Encode pick_format(int format) {
-  constexpr Encode table[] = {encode_block<kInt8, T>, encode_block<kUint8, T>, encode_block<kInt4, T>,
-                              encode_block<kUint4, T>, encode_block<kE4m3, T>, encode_block<kE5m2, T>,
-                              encode_block<kE3m2, T>, encode_block<kE4m7, T>};
+  constexpr Encode table[] = {encode_blocks<kInt8, T>, encode_blocks<kUint8, T>, encode_blocks<kInt4, T>,
+                              encode_blocks<kUint4, T>, encode_blocks<kE4m3, T>, encode_blocks<kE5m2, T>,
+                              encode_blocks<kE3m2, T>, encode_blocks<kE4m7, T>};
   return table[format];
 }
 

@@ -35,6 +35,10 @@ struct Narrow {
       for (int k = 0; k < 3; ++k) out[3 * i + k] = static_cast<uint8_t>(whole >> (8 * k));
     }
   }
+  // Two vectors to bf16, to nearest even. A NaN must have nothing in its lower half: rounding carries.
+  static inline void store_bf16(bf16* out, Floats a, Floats b) {
+    for (int i = 0; i < W; ++i) from_float(a[i], out + i), from_float(b[i], out + W + i);
+  }
   static inline Ints load8(const uint8_t* in) { return Ints{in[0], in[1], in[2], in[3]}; }
   static inline Ints load8(const int8_t* in) { return Ints{in[0], in[1], in[2], in[3]}; }
   static inline Ints load4(const uint8_t* in) { return Ints{in[0] & 15, in[0] >> 4, in[1] & 15, in[1] >> 4}; }
@@ -98,6 +102,14 @@ struct Narrow<Avx2> {
       const Ints halves = _mm256_permute4x64_epi64(_mm256_packus_epi32(x[i], x[i + 1]), 0xd8);
       store24(out + 12 * i, both(halves, _mm256_set1_epi32(0xfff), 4, _mm256_set1_epi32(0xfff000)));
     }
+  }
+  DS_AVX2 static inline Ints rounded(Floats x) {
+    const Ints u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  }
+  DS_AVX2 static inline void store_bf16(bf16* out, Floats a, Floats b) {
+    const Ints halves = _mm256_packus_epi32(rounded(a), rounded(b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(halves, 0xd8));
   }
   DS_AVX2 static inline Ints load8(const uint8_t* in) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(in)));
@@ -172,6 +184,18 @@ struct Narrow<Avx512> {
       const Ints halves = _mm512_permutexvar_epi64(order, _mm512_packus_epi32(x[i], x[i + 1]));
       store24(out + 24 * i, both(halves, _mm512_set1_epi32(0xfff), 4, _mm512_set1_epi32(0xfff000)));
     }
+  }
+  DS_AVX512 static inline Ints rounded(Floats x) {  // in the upper half
+    const Ints u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  }
+  DS_AVX512 static inline void store_bf16(bf16* out, Floats a, Floats b) {
+    const Ints twice = _mm512_set1_epi32(0x00200020);
+    const Ints steps = _mm512_setr_epi32(0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015,
+                                         0x001b0019, 0x001f001d, 0x00030001, 0x00070005, 0x000b0009, 0x000f000d,
+                                         0x00130011, 0x00170015, 0x001b0019, 0x001f001d);
+    const Ints spots = _mm512_mask_or_epi32(steps, 0xff00, steps, twice);  // the odd words of a, then those of b
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(rounded(a), spots, rounded(b)));
   }
   DS_AVX512 static inline Ints load8(const uint8_t* in) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in)));

@@ -16,15 +16,19 @@ constexpr int kGroup = 64;
 // magnitude (asymmetric: range) is not below 2^127, or is NaN, has NaN for scale and zero, and codes 0: it decodes to NaN.
 constexpr float kFloor = 1.17549435e-38f, kLimit = 1.70141183e38f;
 
-// What stochastic rounding of a block draws from; unused otherwise.
-struct Dice {
+// What stochastic rounding draws from, of a tensor and of a block.
+struct Draw {
   bool stochastic;
+  uint64_t seed, block;  // the number of the first block
+};
+struct Dice {
   uint32_t first, second;
 };
 
-// One block: `values` of the given dtype to `codes`, `scale` and (asymmetric) `zero`.
-using Encode = void (*)(const void* values, int64_t numel, uint8_t* codes, float* scale, float* zero, const Dice& dice);
-// And back. `zero` is null unless asymmetric.
+// Consecutive blocks: `values` of the given dtype to `codes`, `scales` and (asymmetric) `zeros`.
+using Encode = void (*)(const void* values, int64_t numel, int64_t block, uint8_t* codes, float* scales, float* zeros,
+                        const Draw& draw);
+// One block back. `zero` is null unless asymmetric.
 using Decode = void (*)(const uint8_t* codes, int64_t numel, float scale, const float* zero, void* out);
 
 Encode pick_encode(int isa, int format, int dtype);
@@ -46,13 +50,12 @@ static inline uint32_t mix(uint32_t x, uint32_t key = 0) {
   return x ^ (x >> 16);
 }
 
-static inline Dice dice_of(bool stochastic, uint64_t seed, uint64_t block) {
-  if (!stochastic) return {};
+static inline Dice dice_of(uint64_t seed, uint64_t block) {
   uint32_t key = mix(static_cast<uint32_t>(block >> 32) ^ 0x9e3779b9u);
   key = mix(key ^ static_cast<uint32_t>(block));
   key = mix(key ^ static_cast<uint32_t>(seed >> 32));
   key = mix(key ^ static_cast<uint32_t>(seed));
-  return {true, key, mix(key + 0x9e3779b9u)};
+  return {key, mix(key + 0x9e3779b9u)};
 }
 
 }  // namespace ds
@@ -78,18 +81,26 @@ static inline int refused(const DsBlocks* call, int last_dtype) {
   return has_isa(call->isa) ? kOk : kNoSuchIsa;
 }
 
-// `run(row, block of the row, elements before it, elements in it)` for every block, over threads.
+// `run(row, block of the row, elements before it, elements)` for runs of blocks of a row, over threads.
 template <class Run>
-static void over_blocks(int64_t rows, int64_t numel, int64_t block, int threads, const Run& run) {
+static void over_runs(int64_t rows, int64_t numel, int64_t block, int threads, const Run& run) {
   const int64_t each = (numel + block - 1) / block;
   const int64_t piece = block < 32768 ? 32768 / block : 1;  // blocks that a thread claims at a time
   over_ranges(rows * each, piece, threads, [&](int64_t begin, int64_t end) {
-    int64_t row = begin / each, k = begin % each;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t start = k * block, rest = numel - start;
-      run(row, k, start, rest < block ? rest : block);
-      if (++k == each) k = 0, ++row;
+    while (begin < end) {
+      const int64_t row = begin / each, k = begin % each, stop = end < (row + 1) * each ? end : (row + 1) * each;
+      const int64_t start = k * block, last = (stop - row * each) * block;
+      run(row, k, start, (last < numel ? last : numel) - start);
+      begin = stop;
     }
+  });
+}
+
+// The same for every block.
+template <class Run>
+static void over_blocks(int64_t rows, int64_t numel, int64_t block, int threads, const Run& run) {
+  over_runs(rows, numel, block, threads, [&](int64_t row, int64_t k, int64_t start, int64_t count) {
+    for (int64_t end = start + count; start < end; start += block, ++k) run(row, k, start, end - start < block ? end - start : block);
   });
 }
 

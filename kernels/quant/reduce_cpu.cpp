@@ -39,8 +39,8 @@ extern "C" DS_EXPORT int ds_reduce_blocks(const DsBlocks* in, const DsBlocks* ou
       return;
     }
     finish(sum, numel, a.factor, sum);
-    encode(sum, numel, b.codes + code_bytes(b.format, start), b.scales + k, b.zeros ? b.zeros + k : nullptr,
-           dice_of(b.flag != 0, static_cast<uint64_t>(b.seed), static_cast<uint64_t>(b.first_block + k)));
+    encode(sum, numel, b.block, b.codes + code_bytes(b.format, start), b.scales + k, b.zeros ? b.zeros + k : nullptr,
+           {b.flag != 0, static_cast<uint64_t>(b.seed), static_cast<uint64_t>(b.first_block + k)});
   });
   std::free(room);
   return kOk;
