@@ -225,7 +225,7 @@ DS_FAST static void decode(const Job& job, int64_t row, int64_t k, int64_t width
 
 constexpr int64_t kDepthBytes = 4096;       // of a row at a time: eight rows fit in the first-level cache
 constexpr int64_t kBatchBytes = 512 << 10;  // of x at a time: fit in the second-level cache
-constexpr int64_t kFewRows = 32;            // of x: decode eight rows of weights at a time, else all
+constexpr int64_t kFewRows = kBatchBytes / kDepthBytes;  // of x: decode eight rows of weights at a time, else all
 
 // The buffer and the partial sums of one piece of work.
 template <class T>
