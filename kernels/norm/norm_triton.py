@@ -164,8 +164,12 @@ def _variant(dtype: str, weight: str, center: bool, backward: bool, block: int) 
 
 
 VARIANTS = [
-    _variant(dtype, weight, center, backward, 8192)
-    for (dtype, weight), center, backward in product(
-        (("fp32", "fp32"), ("bf16", "bf16"), ("bf16", "fp32"), ("fp16", "fp16")), (False, True), (False, True)
-    )
+    *(
+        _variant("bf16", "bf16", center, backward, 8192)
+        for center, backward in product((False, True), repeat=2)
+    ),
+    *(
+        _variant(dtype, "fp32", True, backward, 8192)
+        for dtype, backward in product(("fp32", "fp16"), (False, True))
+    ),
 ]

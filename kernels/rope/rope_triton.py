@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,4 +69,4 @@ def _variant(dtype: str, interleaved: bool) -> Variant:
     return Variant(rotate, signature, constants | {"HEADS": HEADS, "PAIRS": 64, "REST": 64})
 
 
-VARIANTS = [_variant(*which) for which in product(("fp32", "bf16", "fp16"), (False, True))]
+VARIANTS = [_variant(dtype, dtype == "bf16") for dtype in ("fp32", "bf16", "fp16")]
