@@ -1,13 +1,15 @@
-"""AdamW on this machine: torch's fused one, DeepSpeed's CPUAdam and ours, interleaved with a bandwidth probe.
+"""Optimizer steps on this machine: torch's, DeepSpeed's for CPUs, and ours, beside a bandwidth probe.
 
 A "mixed" contender does the whole of a mixed-precision step: bf16 gradients in, fp32 step, bf16 parameters
-out. Rounds go A B C A B C, so that what else runs on the machine disturbs all alike.
+out. Rounds go A B C A B C, so that what else runs on the machine disturbs all alike. Every rule is run on one
+tensor and on 2000; a JSON line for each goes to results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import importlib
 import importlib.util
 import json
@@ -18,8 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +28,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ds_kernels import FusedAdamW
+from ds_kernels import FusedAdagrad, FusedAdamW, FusedLamb, FusedLion, FusedSGD
 
-# The limit: the same streams in the same order as the step, with next to no arithmetic and large pages.
+# The limit: the same streams in the same order as a step with so many states, with next to no arithmetic and
+# large pages.
 PROBE = r"""
 #include <omp.h>
 #include <stdint.h>
@@ -48,32 +50,43 @@ static void* memory[5];
 extern "C" void probe_open(int64_t n) {
   for (int k = 0; k < 5; ++k) memory[k] = pages(n * (k < 4 ? 4 : 2));
 }
-extern "C" void probe_run(int64_t n, int mixed, int threads) {
+template <int S> static void run(int64_t k, int64_t end, int mixed) {
+  float *__restrict a = (float*)memory[0], *__restrict b = (float*)memory[1];
+  float* __restrict c = (float*)memory[2];
+  uint16_t* __restrict e = (uint16_t*)memory[4];
+  if (mixed) {
+    const uint16_t* __restrict g = (const uint16_t*)memory[3];
+    for (int64_t i = k; i < end; ++i) {
+      const float x = (float)g[i] * 1e-9f;
+      a[i] += x, e[i] = (uint16_t)(int32_t)a[i];
+      if (S > 0) b[i] += x;
+      if (S > 1) c[i] += x;
+    }
+  } else {
+    const float* __restrict g = (const float*)memory[3];
+    for (int64_t i = k; i < end; ++i) {
+      a[i] += g[i];
+      if (S > 0) b[i] += g[i];
+      if (S > 1) c[i] += g[i];
+    }
+  }
+}
+extern "C" void probe_run(int64_t n, int states, int mixed, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t k = 0; k < n; k += 32768) {
     const int64_t end = k + 32768 < n ? k + 32768 : n;
-    float *__restrict a = (float*)memory[0], *__restrict b = (float*)memory[1];
-    float* __restrict c = (float*)memory[2];
-    uint16_t* __restrict e = (uint16_t*)memory[4];
-    if (mixed) {
-      const uint16_t* __restrict g = (const uint16_t*)memory[3];
-      for (int64_t i = k; i < end; ++i) {
-        const float x = (float)g[i] * 1e-9f;
-        a[i] += x, b[i] += x, c[i] += x, e[i] = (uint16_t)(int32_t)a[i];
-      }
-    } else {
-      const float* __restrict g = (const float*)memory[3];
-      for (int64_t i = k; i < end; ++i) a[i] += g[i], b[i] += g[i], c[i] += g[i];
-    }
+    if (states == 0) run<0>(k, end, mixed);
+    if (states == 1) run<1>(k, end, mixed);
+    if (states == 2) run<2>(k, end, mixed);
   }
 }
 """
 
 
 class Contender(NamedTuple):
-    """A step to time and the bytes per parameter that cannot be avoided (mixed: 4+4+4+2 in, 4+4+4+2 out)."""
+    """A step to time, and the bytes per parameter that it cannot avoid."""
 
-    run: Callable[[], None]
+    run: Callable[[], Any]
     bytes_per_param: int
 
 
@@ -85,80 +98,89 @@ class Sample(NamedTuple):
     others: float
 
 
-class Sizes(NamedTuple):
-    """How many parameters, in how many tensors."""
+class Rule(NamedTuple):
+    """An optimizer by ours, torch's and DeepSpeed's names; peers of None there are not."""
 
-    params: int
-    tensors: int
+    ours: Callable[..., Any]
+    states: int
+    torchs: Callable[..., Any] | None = None
+    deepspeeds: tuple[str, str] | None = None
+    momentum: float | None = None
+
+    @property
+    def bytes_per_param(self) -> int:
+        """Parameters and states read and written, the gradient read; mixed it is the same: 2 + 2 for 4."""
+        return 8 + 8 * self.states + 4
+
+
+RULES = {
+    "adamw": Rule(FusedAdamW, 2, torch.optim.AdamW, ("adam", "DeepSpeedCPUAdam")),
+    "adagrad": Rule(FusedAdagrad, 1, torch.optim.Adagrad, ("adagrad", "DeepSpeedCPUAdagrad")),
+    "lion": Rule(FusedLion, 1, None, ("lion", "DeepSpeedCPULion")),
+    "momentum": Rule(FusedSGD, 1, torch.optim.SGD, momentum=0.9),
+    "sgd": Rule(FusedSGD, 0, torch.optim.SGD),
+    "lamb": Rule(FusedLamb, 2),
+}
 
 
 class Data:
-    """What all contenders share: parameters and gradients in fp32 and bf16; each has its own moments."""
+    """What all contenders share: parameters and gradients in fp32 and bf16; each has its own states."""
 
-    def __init__(self, sizes: Sizes) -> None:
-        each = sizes.params // sizes.tensors
-        generator = torch.Generator().manual_seed(0)
-        make = [torch.empty(each) for _ in range(sizes.tensors)]
+    def __init__(self, params: int, tensors: int) -> None:
+        generator, each = torch.Generator().manual_seed(0), params // tensors
+        make = [torch.empty(each) for _ in range(tensors)]
         self.params = [nn.Parameter(t.normal_(0, 0.02, generator=generator)) for t in make]
         self.grads = [torch.empty(each).normal_(0, 0.01, generator=generator) for _ in self.params]
         self.low_grads = [g.bfloat16() for g in self.grads]
         self.low_params = [p.detach().bfloat16() for p in self.params]
-
-    @contextmanager
-    def gradients(self) -> Iterator[None]:
-        """Hang the fp32 gradients on the parameters; not timed by ours, which may take bf16 ones."""
         for p, g in zip(self.params, self.grads, strict=True):
             p.grad = g
-        yield
 
-    def cast_in(self) -> None:
-        """bf16 gradients to fp32, as a peer needs them: into memory it already has."""
-        torch._foreach_copy_(self.grads, self.low_grads)
+    def mixed(self, step: Callable[[], Any]) -> Callable[[], None]:
+        """A peer's mixed-precision step: cast, step, cast, with memory that is there already."""
 
-    @torch.no_grad()
-    def cast_out(self) -> None:
-        """fp32 parameters to bf16."""
-        torch._foreach_copy_(self.low_params, list[torch.Tensor](self.params))
-
-
-def contenders(data: Data, threads: int) -> dict[str, Contender]:
-    """Everything that is timed, ours and theirs, plain and mixed."""
-
-    def mixed(step: Callable[[], Any]) -> Callable[[], None]:
+        @torch.no_grad()
         def run() -> None:
-            data.cast_in()
+            torch._foreach_copy_(self.grads, self.low_grads)
             step()
-            data.cast_out()
+            torch._foreach_copy_(self.low_params, list[torch.Tensor](self.params))
 
         return run
 
-    torch_fused = torch.optim.AdamW(data.params, lr=1e-4, fused=True)
-    found = {
-        "torch fused": Contender(torch_fused.step, 28),
-        "torch fused, mixed": Contender(mixed(torch_fused.step), 28),
-    }
-    if importlib.util.find_spec("deepspeed") is None:
-        print("DeepSpeedCPUAdam: skipped, because `deepspeed` is not installed", file=sys.stderr)
-    else:
-        theirs = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam(data.params, lr=1e-4)
-        found["DeepSpeedCPUAdam"] = Contender(theirs.step, 28)
-        found["DeepSpeedCPUAdam, mixed"] = Contender(mixed(theirs.step), 28)
-    plain, out, both = (FusedAdamW(data.params, lr=1e-4) for _ in range(3))
-    for optimizer in (out, both):
-        optimizer.copy_out = dict(zip(data.params, data.low_params, strict=True))
+
+def contenders(rule: Rule, data: Data) -> dict[str, Contender]:
+    """Everything that is timed, ours and theirs, plain and mixed."""
+    steps: dict[str, Callable[[], Any]] = {}
+    settings = {"lr": 1e-4} if rule.momentum is None else {"lr": 1e-4, "momentum": rule.momentum}
+    if rule.torchs is not None:
+        for how in ("fused", "foreach"):
+            steps[f"torch {how}"] = rule.torchs(data.params, **{how: True}, **settings).step
+    if rule.deepspeeds is not None:
+        module, name = rule.deepspeeds
+        if importlib.util.find_spec("deepspeed") is None:
+            print(f"{name}: skipped, because `deepspeed` is not installed", file=sys.stderr)
+        else:
+            kind = getattr(importlib.import_module(f"deepspeed.ops.{module}"), name)
+            steps[name] = kind(data.params, **settings).step
+    moved = rule.bytes_per_param
+    found = {name: Contender(step, moved) for name, step in steps.items()}
+    found |= {f"{name}, mixed": Contender(data.mixed(step), moved) for name, step in steps.items()}
+    plain, both = (rule.ours(data.params, **settings) for _ in range(2))
+    both.copy_out = dict(zip(data.params, data.low_params, strict=True))
     both.low_precision_grads = dict(zip(data.params, data.low_grads, strict=True))
-    return {
-        **found,
-        "ours": Contender(plain.step, 28),
-        "ours, bf16 out": Contender(out.step, 30),
-        "ours, mixed": Contender(both.step, 28),
-        **probes(data, threads),
-    }
+    second_pass = 12 if rule.ours is FusedLamb else 0  # weights and both moments are read once more
+    found["ours"] = Contender(plain.step, moved + second_pass)
+    found["ours, mixed"] = Contender(both.step, moved + second_pass)
+    if rule.ours is FusedAdamW:
+        undo, small = (rule.ours(data.params, **settings) for _ in range(2))
+        undo.keep_undo, small.state_dtype, small.seed = True, torch.bfloat16, 0
+        found["ours, undo kept"] = Contender(undo.step, moved + 12)
+        found["ours, bf16 states by chance"] = Contender(small.step, moved - 8)
+    return found
 
 
-def probes(data: Data, threads: int) -> dict[str, Contender]:
-    """The bandwidth probe, compiled here; its time is the limit of the steps with the same streams."""
-    numel = sum(p.numel() for p in data.params)
+def probe(threads: int, numel: int) -> Callable[[int, bool], Callable[[], None]]:
+    """The bandwidth probe, compiled here: (states, mixed) -> what takes as long as memory does."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "probe.cpp", Path(folder) / "probe.so"
         source.write_text(PROBE)
@@ -166,8 +188,11 @@ def probes(data: Data, threads: int) -> dict[str, Contender]:
         subprocess.run([os.environ.get("CXX", "g++"), *flags, str(source), "-o", str(library)], check=True)
         handle = ctypes.CDLL(str(library))
     handle.probe_open(ctypes.c_int64(numel))
-    run = [lambda k=k: handle.probe_run(ctypes.c_int64(numel), k, threads) for k in (0, 1)]
-    return {"probe": Contender(run[0], 28), "probe, mixed": Contender(run[1], 28)}
+
+    def of(states: int, mixed: bool) -> Callable[[], None]:
+        return lambda: handle.probe_run(ctypes.c_int64(numel), states, int(mixed), threads)
+
+    return of
 
 
 def measure(found: dict[str, Contender], rounds: int, patience: float) -> dict[str, list[Sample]]:
@@ -210,7 +235,8 @@ def summarize(
     rows = []
     for name, contender in found.items():
         samples, least = taken[name], best[name]
-        limit = best["probe, mixed" if "mixed" in name else "probe"] * contender.bytes_per_param / 28
+        limit = "probe, mixed" if "mixed" in name else "probe"
+        expected = best[limit] * contender.bytes_per_param / found[limit].bytes_per_param
         calm = sorted(samples, key=lambda sample: sample.others)[: (len(samples) + 1) // 2]
         rows.append(
             {
@@ -223,7 +249,7 @@ def summarize(
                 "others_share": round(statistics.median(s.others for s in samples), 2),
                 "bytes_per_param": contender.bytes_per_param,
                 "GB_per_s_at_min": round(contender.bytes_per_param * params / least / 1e9, 1),
-                "of_limit_at_min": round(limit / least, 3),
+                "of_limit_at_min": round(expected / least, 3),
             }
         )
     return rows
@@ -232,15 +258,14 @@ def summarize(
 def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """How many times faster ours is than each peer, by each statistic."""
     by_name = {row["contender"]: row for row in rows}
-    pairs = [("ours", ""), ("ours, mixed", ", mixed")]
+    pairs = [(f"ours{suffix}", peer) for suffix in ("", ", mixed") for peer in by_name]
     return {
-        f"{ours} against {peer}{suffix}": {
-            k: round(by_name[peer + suffix][f"{k}_ms"] / by_name[ours][f"{k}_ms"], 2)
+        f"{ours} against {peer}": {
+            k: round(by_name[peer][f"{k}_ms"] / by_name[ours][f"{k}_ms"], 2)
             for k in ("median", "calm_median", "min")
         }
-        for ours, suffix in pairs
-        for peer in ("torch fused", "DeepSpeedCPUAdam")
-        if peer in by_name
+        for ours, peer in pairs
+        if not peer.startswith(("ours", "probe")) and ("mixed" in peer) == ("mixed" in ours)
     }
 
 
@@ -275,47 +300,57 @@ def _version(name: str) -> str | None:
     return metadata.version(name) if importlib.util.find_spec(name) is not None else None
 
 
-def main() -> None:
-    """Measure, print the table, and write the JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--params", type=int, default=100_000_000)
-    parser.add_argument("--tensors", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for idle cores, in all")
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    load = [os.getloadavg()[0]]
-    data = Data(Sizes(args.params, args.tensors))
-    with data.gradients():
-        found = contenders(data, args.threads)
-        rows = summarize(found, measure(found, args.rounds, args.patience), args.params)
-    load.append(os.getloadavg()[0])
-    result = {
-        "bench": "optim",
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        **{key: getattr(args, key) for key in ("params", "tensors", "threads", "rounds")},
-        "load_before_and_after": [round(x, 2) for x in load],
-        "rows": rows,
-        "ratios": ratios(rows),
-    }
+def show(result: dict[str, Any]) -> None:
+    """Print one run."""
     print(
-        f"{args.params:,} parameters in {args.tensors} tensors, {args.threads} threads, "
-        f"{args.rounds} rounds, load {load}"
+        f"{result['rule']}: {result['params']:,} parameters in {result['tensors']} tensors, "
+        f"{result['threads']} threads, {result['rounds']} rounds, load {result['load_before_and_after']}"
     )
-    print(f"{'':26}{'median ms':>10}{'calm':>8}{'min':>8}{'CPU ms':>9}{'GB/s':>7}{'of limit':>10}")
-    for row in rows:
+    print(f"{'':30}{'median ms':>10}{'calm':>8}{'min':>8}{'CPU ms':>9}{'GB/s':>7}{'of limit':>10}")
+    for row in result["rows"]:
         print(
-            f"{row['contender']:26}{row['median_ms']:10.1f}{row['calm_median_ms']:8.1f}{row['min_ms']:8.1f}{row['cpu_ms']:9.0f}"
-            f"{row['GB_per_s_at_min']:7.1f}{row['of_limit_at_min']:10.0%}"
+            f"{row['contender']:30}{row['median_ms']:10.1f}{row['calm_median_ms']:8.1f}{row['min_ms']:8.1f}"
+            f"{row['cpu_ms']:9.0f}{row['GB_per_s_at_min']:7.1f}{row['of_limit_at_min']:10.0%}"
         )
     for name, values in result["ratios"].items():
         print(name, *(f"{value:.2f} x ({key})" for key, value in values.items()))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def main() -> None:
+    """Measure, print the tables, and write a JSON line for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rules", default="adamw,adagrad,lion,momentum", help=", ".join(RULES))
+    parser.add_argument("--params", type=int, default=100_000_000)
+    parser.add_argument("--tensors", default="1,2000", help="how many tensors they are in; several runs")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for idle cores, in a run")
+    parser.add_argument("--out", type=Path, help="where lines go; default: results/<date>.jsonl here")
+    args = parser.parse_args()
+    out = args.out or Path(__file__).parent / "results" / f"{date.today().isoformat()}.jsonl"
+    torch.set_num_threads(args.threads)
+    limit = probe(args.threads, args.params)
+    for tensors in map(int, args.tensors.split(",")):
+        data = Data(args.params, tensors)
+        for name in args.rules.split(","):
+            rule, load = RULES[name], [os.getloadavg()[0]]
+            found = contenders(rule, data)
+            for mixed in (False, True):
+                run = limit(rule.states, mixed)
+                found["probe, mixed" if mixed else "probe"] = Contender(run, rule.bytes_per_param)
+            rows = summarize(found, measure(found, args.rounds, args.patience), args.params)
+            load.append(os.getloadavg()[0])
+            result = {
+                "bench": "optim", "rule": name, "date": date.today().isoformat(), "machine": machine(),
+                "params": args.params, "tensors": tensors, "threads": args.threads, "rounds": args.rounds,
+                "load_before_and_after": [round(x, 2) for x in load], "rows": rows, "ratios": ratios(rows),
+            }  # fmt: skip
+            show(result)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with out.open("a") as lines:
+                lines.write(json.dumps(result) + "\n")
+            del found
+            gc.collect()
 
 
 if __name__ == "__main__":

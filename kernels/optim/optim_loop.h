@@ -173,7 +173,10 @@ DS_TARGET static void keep(void* to, const void* from, int64_t bytes, bool strea
     const float* in = static_cast<const float*>(from);
     constexpr int64_t step = sizeof(F);
     if (stream && reinterpret_cast<uintptr_t>(to) % step == 0) {
-      for (; done + step <= bytes; done += step) V::stream(out + done / 4, V::load(in + done / 4));
+      for (; done + step <= bytes; done += step) {
+        __builtin_prefetch(in + done / 4 + kAhead, 1);
+        V::stream(out + done / 4, V::load(in + done / 4));
+      }
       V::fence();
     }
   }

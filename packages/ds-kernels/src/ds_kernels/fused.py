@@ -115,7 +115,9 @@ class FusedOptimizer(Optimizer):
             hyper = self._hyper(group)
             for slots in self._batches(group):
                 steps = [slot.state["step"] for slot in slots] if self._counts else []
-                counted = [int(step) + 1 for step in steps] or [1 if slot.fresh else 2 for slot in slots]
+                counted = [int(step.item()) + 1 for step in steps] or [
+                    1 if slot.fresh else 2 for slot in slots
+                ]
                 self._run(slots, counted, hyper, {"grad_coef": coef, "seed": group["seed"]})
                 if steps:
                     torch._foreach_add_(steps, one, alpha=1.0)
@@ -140,6 +142,8 @@ class FusedOptimizer(Optimizer):
     def _batches(self, group: dict[str, Any]) -> list[list[Slot]]:
         """The parameters that have a gradient, in lists of one device and one dtype per role."""
         batches: dict[tuple[object, ...], list[Slot]] = {}
+        last: tuple[object, ...] = ()
+        batch: list[Slot] = []
         for param in group["params"]:
             grad = self.low_precision_grads.get(param) if self.low_precision_grads else None
             if grad is None:
@@ -157,9 +161,12 @@ class FusedOptimizer(Optimizer):
             if fresh:
                 load("optim", param.device)  # the constructor may have seen others: shards replace them
                 state.update(self._new_state(param, group))
-            kinds = tuple(state[name].dtype for name in self._states if name in state)
-            key = (param.device, param.dtype, grad.dtype, None if copy is None else copy.dtype, kinds)
-            batches.setdefault(key, []).append(Slot(param, grad, state, copy, fresh))
+            out = copy if copy is None else copy.dtype
+            kinds = [state[name].dtype for name in self._states if name in state]
+            key = (param.device, param.dtype, grad.dtype, out, *kinds)
+            if key != last:  # mostly it is not: comparing is cheaper than hashing
+                last, batch = key, batches.setdefault(key, [])
+            batch.append(Slot(param, grad, state, copy, fresh))
         return list(batches.values())
 
     def _grad_coef(self) -> Tensor | None:

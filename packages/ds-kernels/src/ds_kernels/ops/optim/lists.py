@@ -91,6 +91,8 @@ class Lists:
         shapes, numels = [p.shape for p in self.params], [p.numel() for p in self.params]
         for name, tensors in lists.items():
             self._check_kind(name, tensors)
+            if name == "params":
+                continue
             if name in self.names and [t.shape for t in tensors] != shapes:
                 fits = [t.shape == shape for t, shape in zip(tensors, shapes, strict=True)]
                 self._refuse(name, tensors, "its parameter's shape", fits)
@@ -109,10 +111,11 @@ class Lists:
             place = [f"saved ({part})" for part in ("params", *self.names)].index(name)
             allowed = ([self.params, *self.states][place][0].dtype,)
         device, first = self.params[0].device, tensors[0]
-        kind = (first.dtype if first.dtype in allowed else allowed[0], device, torch.strided)
-        if {(t.dtype, t.device, t.layout) for t in tensors} != {kind}:
+        dtype, layout = first.dtype if first.dtype in allowed else allowed[0], torch.strided
+        fits = [t.dtype is dtype and t.layout is layout and t.device == device for t in tensors]
+        if not all(fits):
             wanted = f"strided, on {device}, one dtype of {names(allowed)} for the whole list"
-            self._refuse(name, tensors, wanted, [(t.dtype, t.device, t.layout) == kind for t in tensors])
+            self._refuse(name, tensors, wanted, fits)
 
     def _refuse(self, name: str, tensors: Sequence[Tensor], wanted: str, fits: Sequence[bool]) -> None:
         at = fits.index(False)
