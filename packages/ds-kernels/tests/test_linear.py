@@ -215,3 +215,10 @@ def test_bad_input() -> None:
         quant_linear(torch.randn(3, 65), pack_linear(w, 4))
     with pytest.raises(ValueError, match="linear_bf16: weight is"):
         linear_bf16(torch.randn(2, 64).bfloat16(), w)
+
+
+def test_a_layer_made_on_meta_comes_to_life() -> None:
+    made = QuantLinear(64, 16, 4, device="meta").to_empty(device="cpu")
+    made.load_state_dict(QuantLinear.from_linear(nn.Linear(64, 16), 4).state_dict())
+    assert made(torch.ones(2, 64)).shape == (2, 16)
+    assert made.scales.dtype == torch.float32

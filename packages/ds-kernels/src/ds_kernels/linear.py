@@ -111,4 +111,6 @@ class QuantLinear(nn.Module):
             return scales.to(moved.device) if tensor is scales and moved.dtype != scales.dtype else moved
 
         super()._apply(but_for_scales, recurse)  # type: ignore[no-untyped-call]
+        if self.codes.device.type not in ("meta", scales.device.type):
+            load("linear", self.codes.device)
         return self

@@ -25,7 +25,8 @@ class PackedLinear:
     """A weight [out, in] as codes and scales; plain tensors, the same on every device and processor.
 
     weight[n, k] = (value(codes)[n, k] - zeros[n, g]) * scales[n, g], with g = k // group, 0 without groups.
-    codes: int8 [out, in] for 8 bits (-127..127), else uint8 [out, bytes] in blocks (kernels/linear/linear.h).
+    codes: int8 [out, in] for 8 bits, -127..127 (-128 is no code: some implementations read 0); else uint8
+    [out, bytes] in blocks (kernels/linear/linear.h).
     scales: fp32 [out, groups]. zeros: uint8 [out, groups], 0..15, of 4 bits only; None is 8 everywhere.
     """
 

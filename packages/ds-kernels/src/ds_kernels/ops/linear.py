@@ -22,7 +22,8 @@ _SCHEMA = (
 def quant_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
     """x times the packed weight, transposed, plus bias: products and sums in fp32, rounded once to x's dtype.
 
-    The weight is frozen; x and bias have gradients (through the weight in x's dtype).
+    The weight is frozen; x and bias have gradients (through the weight in x's dtype). Fast once
+    `load("linear", device)` was called, as QuantLinear does.
     Shapes: x [..., in] fp32, bf16 or fp16 -> [..., out] of the same dtype; bias [out].
     Raises: ValueError naming the argument, what it is and what it should be.
     """
@@ -35,6 +36,7 @@ def quant_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) ->
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear in bf16, faster for the few rows of decoding.
 
+    Fast once `load("linear", device)` was called.
     Shapes: x [..., in], weight [out, in], both bf16 -> [..., out]; bias [out].
     """
     out: Tensor = BF16(x, weight, bias)
