@@ -59,7 +59,7 @@ _HOME: dict[str, str] = {
     "pack_signs_": "ds_kernels.ops.bits",
     "quant_linear": "ds_kernels.ops.linear",
     "quantize_blocks": "ds_kernels.ops.quant",
-    "report": "ds_kernels.registry",
+    "report": "ds_kernels.table",
     "requantize_blocks": "ds_kernels.ops.quant_reduce",
     "rms_norm": "ds_kernels.ops.norm",
     "rotary": "ds_kernels.ops.rope",

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _info() -> int:
-    from ds_kernels.registry import report  # torch, which `build` does without
+    from ds_kernels.table import report  # torch, which `build` does without
 
     print(f"sources   {driver.SOURCES.resolve()}")
     print(f"cache     {driver.cache_root()}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -51,7 +51,7 @@ class Row(NamedTuple):
 
     op: str
     device: str
-    implementation: Implementation
+    implementation: str  # of an op an `Implementation`, of file access an engine
     used: bool
     why: str
 
@@ -83,6 +83,11 @@ class Kernel:
     def op(self) -> str:
         """Its name to torch."""
         return f"{NAMESPACE}::{self.name}"
+
+    def written(self, implementation: Implementation) -> bool:
+        """Is there code of this kind, for whatever device?"""
+        made = {"native": self.native, "triton": self.triton, "torch": self.torch, "reference": True}
+        return bool(made[implementation])
 
     def offers(self, implementation: Implementation, device: str) -> bool:
         """Is there code of this kind for a device at all?"""
@@ -124,12 +129,12 @@ class Registry:
         import_module(FAMILIES[family])
         return [kernel for kernel in self.kernels.values() if kernel.family == family]
 
-    def choose(self, family: str, device: str, forced: Implementation | None) -> tuple[Row, ...]:
+    def choose(self, family: str, device: str, wanted: Implementation | None) -> tuple[Row, ...]:
         """Register the best implementation of each op of the family for a device type."""
         rows = []
         for kernel in self.of(family):
             failed = []  # what is written but cannot be had
-            for implementation in (forced,) if forced else ORDER[device]:
+            for implementation in (wanted,) if wanted else ORDER[device]:
                 function, why = implement(kernel, implementation, device)
                 if function is not None:
                     break
@@ -137,7 +142,7 @@ class Registry:
                     failed.append(f"no {implementation} one: {why}")
             else:
                 raise KernelUnavailable(
-                    f"{kernel.name} has no {forced} implementation for {device}: {why}\n{ADVICE}"
+                    f"{kernel.name} has no {wanted} implementation for {device}: {why}\n{ADVICE}"
                 )
             if implementation != "reference":
                 self._owner("IMPL").impl(kernel.name, function, device.upper())
@@ -165,7 +170,7 @@ def define(kernel: Kernel) -> Function:
 
 def implement(kernel: Kernel, implementation: Implementation, device: str) -> tuple[Function | None, str]:
     """One implementation of a kernel, or None, and why (not). May build, the first time."""
-    there, why = _outlook(kernel, implementation, device)
+    there, why = outlook_of(kernel, implementation, device)
     if not there:
         return None, why
     if implementation == "native" and kernel.native is not None:
@@ -198,7 +203,7 @@ def load(family: str, device: torch.device, *, strict: bool = False) -> tuple[Ro
     DS_KERNELS=reference, torch, triton or native forces the choice.
     Raises: KernelUnavailable if what is forced cannot be had; if `strict` and an op gets only its reference.
     """
-    forced = _forced()
+    wanted = forced()
     if family not in FAMILIES:
         raise LookupError(f"no kernel family {family!r}; there are: {', '.join(FAMILIES)}")
     table, slot = registry().chosen, (family, device.type)
@@ -214,7 +219,7 @@ def load(family: str, device: torch.device, *, strict: bool = False) -> tuple[Ro
             for kernel in registry().of(family)
         )
     if slot not in table:
-        table[slot] = registry().choose(family, device.type, forced)
+        table[slot] = registry().choose(family, device.type, wanted)
         failed = [row.why for row in table[slot] if row.why.startswith("no ")]
         if failed and not strict:
             _log.warning("%s kernels: slower than they could be, with %s\n%s", family, failed[0], ADVICE)
@@ -239,32 +244,10 @@ def _ready(family: str, device: str) -> None:
     load(family, torch.device(device))
 
 
-def report() -> list[Row]:
-    """Every implementation of every op on the devices here, which one is taken, and why. Builds nothing."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    kernels = [kernel for family in FAMILIES for kernel in registry().of(family)]
-    return [row for kernel in kernels for device in devices for row in _report(kernel, device)]
-
-
-def _report(kernel: Kernel, device: str) -> Iterator[Row]:
-    chosen, forced = registry().chosen.get((kernel.family, device), ()), _forced()
-    loaded = next((row for row in chosen if row.op == kernel.op), None)
-    used = loaded.implementation if loaded else None
-    every: list[Implementation] = [*ORDER[device], "native", "triton"]
-    for implementation in dict.fromkeys(every):
-        there, why = _outlook(kernel, implementation, device)
-        if used is None and there and forced in (None, implementation):
-            used = implementation
-        if there and used != implementation:
-            why = f"{why}; DS_KERNELS={forced}" if forced else f"{why}; {used} comes first"
-        row = Row(kernel.op, device, implementation, used == implementation, why)
-        yield loaded if loaded and row.used else row
-
-
-def _outlook(kernel: Kernel, implementation: Implementation, device: str) -> tuple[bool, str]:
+def outlook_of(kernel: Kernel, implementation: Implementation, device: str) -> tuple[bool, str]:
     """Could an implementation be had, and why (not)? Builds and imports nothing."""
     if not kernel.offers(implementation, device):
-        return False, f"not written for {device}"
+        return False, f"not for {device} tensors"
     if implementation == "native":
         try:
             return True, outlook(kernel.family)
@@ -277,7 +260,8 @@ def _outlook(kernel: Kernel, implementation: Implementation, device: str) -> tup
     )
 
 
-def _forced() -> Implementation | None:
+def forced() -> Implementation | None:
+    """DS_KERNELS. Raises ValueError for a word that is no implementation."""
     wanted = os.environ.get("DS_KERNELS") or None
     if wanted not in (None, "reference", "torch", "triton", "native"):
         raise ValueError(
