@@ -124,8 +124,11 @@ struct Narrow<Avx2> {
     return _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi64(x, 28)), _mm256_set1_epi32(15));
   }
   DS_AVX2 static inline Ints load6(const uint8_t* in) {
-    int64_t six = 0;
-    std::memcpy(&six, in, 6);
+    uint32_t low;
+    uint16_t high;
+    std::memcpy(&low, in, 4);
+    std::memcpy(&high, in + 4, 2);
+    const int64_t six = low | static_cast<int64_t>(high) << 32;
     const Ints spots = _mm256_setr_epi8(0, 1, -1, -1, 0, 1, -1, -1, 1, 2, -1, -1, 2, 3, -1, -1,  //
                                         3, 4, -1, -1, 3, 4, -1, -1, 4, 5, -1, -1, 5, -1, -1, -1);
     const Ints x = _mm256_shuffle_epi8(_mm256_broadcastq_epi64(_mm_cvtsi64_si128(six)), spots);

@@ -14,7 +14,14 @@ from ds_kernels import build
 FLAGS = [flag for flag in build.FLAGS if flag not in ("-shared", "-fPIC")]
 
 
-def test_neon_writes_the_bits_of_scalar(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("families", "check", "combinations"),
+    [(["optim"], "neon_check.cpp", 648), (["quant", "bits"], "neon_quant_check.cpp", 42)],
+    ids=["optim", "quant and bits"],
+)
+def test_neon_writes_the_bits_of_scalar(
+    tmp_path: Path, families: list[str], check: str, combinations: int
+) -> None:
     native = platform.machine() == "aarch64"
     compiler = shutil.which("g++" if native else "aarch64-linux-gnu-g++")
     emulator = shutil.which("qemu-aarch64")
@@ -24,9 +31,9 @@ def test_neon_writes_the_bits_of_scalar(tmp_path: Path) -> None:
             "(Debian: apt install g++-aarch64-linux-gnu qemu-user)"
         )
     program = tmp_path / "neon_check"
-    folder = build.SOURCES / "optim"
-    sources = [Path(__file__).with_name("neon_check.cpp"), *sorted(folder.glob("*_cpu.cpp"))]
-    include = [f"-I{path}" for path in (folder, build.SOURCES / build.COMMON)]
+    folders = [build.SOURCES / family for family in families]
+    sources = [Path(__file__).with_name(check), *(p for f in folders for p in sorted(f.glob("*_cpu.cpp")))]
+    include = [f"-I{path}" for path in (*folders, build.SOURCES / build.COMMON)]
     subprocess.run(
         [compiler, *FLAGS, "-static", *include, *map(str, sources), "-o", str(program)],
         check=True,
@@ -35,4 +42,4 @@ def test_neon_writes_the_bits_of_scalar(tmp_path: Path) -> None:
     )
     command = [str(program)] if native else [str(emulator), str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, "648 combinations, 0 differ\n")
+    assert (done.returncode, done.stdout) == (0, f"{combinations} combinations, 0 differ\n")
