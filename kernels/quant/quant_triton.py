@@ -31,6 +31,7 @@ def _mix(value, key):
 def _dither(number, seed, at):
     """Uniform over the midpoints of 2^16 parts of (-1/2, 1/2), for block `number` and elements `at` of it."""
     zero = (number * 0).to(tl.uint32)
+    seed = number * 0 + seed  # 64 bits wide, whatever the launch made of it
     key = _mix((number >> 32).to(tl.uint32) ^ 0x9E3779B9, zero)
     key = _mix(key ^ number.to(tl.uint32), zero)
     key = _mix(key ^ (seed >> 32).to(tl.uint32), zero)
@@ -372,6 +373,7 @@ def _variants() -> list[Variant]:
     made = []
     for name, form in FORMATS.items():
         fixed = {**constants(form), **tiling(form, 256)}
+        whole["seed"] = "i32" if name == "uint4" else "i64"  # as launches have it
         for dtype in ("fp32", "bf16", "fp16") if name == "int8" else ("bf16",):
             types = {
                 "x": f"*{dtype}",
@@ -385,7 +387,7 @@ def _variants() -> list[Variant]:
             made.append(Variant(dequantize_kernel, {**whole, **types}, {**fixed, "ADD": False}))
         types |= {"out_codes": "*u8", "out_scales": "*fp32", "out_zeros": "*fp32"}
         if name in ("int8", "int4"):  # what collectives send
-            to = {f"TO_{key}": value for key, value in constants(form).items()}
+            to = {f"TO_{key}": value for key, value in constants(FORMATS["int8"]).items()}
             made.append(Variant(sum_kernel, {**whole, **types}, fixed))
             made.append(Variant(requantize_kernel, {**whole, **types}, {**fixed, **to, "STOCHASTIC": True}))
     return made
