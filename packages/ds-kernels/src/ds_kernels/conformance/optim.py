@@ -13,8 +13,8 @@ from ds_kernels.ops.optim.rules import AdagradHyper, AdamHyper, Hyper, LambHyper
 
 F, B, H = torch.float32, torch.bfloat16, torch.float16
 Kinds = tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]
-# Nothing, around the vector widths (4, 8, 16), past a block of the staged loop (512) and of Triton's (1024).
-SIZES = (0, 1, 7, 16, 33, 1025)
+# Nothing, less and more than a vector (4, 8, 16), past a block of staged loops (512), of Triton's (1024).
+SIZES = (0, 1, 17, 1025)
 # (parameter, gradient, states, copy): every loop that is compiled, then mixtures that go through blocks.
 DIRECT: tuple[Kinds, ...] = tuple((F, grad, F, copy) for grad in (F, B, H) for copy in (None, B, H))
 STAGED: tuple[Kinds, ...] = (
