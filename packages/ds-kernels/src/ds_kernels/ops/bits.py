@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_kernels import check
 from ds_kernels.native import DTYPES, Native, code, written
 from ds_kernels.ops.rows import give_back, read_rows
-from ds_kernels.registry import Kernel, define
+from ds_kernels.registry import Kernel, define, ready
 
 PACK, UNPACK = "pack_signs_", "unpack_signs_"
 
@@ -72,6 +72,7 @@ def pack_signs_(
     if value.dim() == 0:
         check.refuse(PACK, "value", value, "at least 1 dimension")
     made = out or allocate_signs(value.shape, dtype=value.dtype, block=block, device=value.device)
+    ready("bits", value.device)
     PACK_OP(value, error, made.signs, made.scales, made.block, norm == "l2")
     return made
 
@@ -94,6 +95,7 @@ def unpack_signs(
             raise ValueError(f"{UNPACK}: accumulate=True needs `out` to add to")
         out = torch.empty(packed.shape[-1], dtype=dtype or packed.dtype, device=packed.signs.device)
     signs, scales = (t[None] if t.dim() == 1 else t for t in (packed.signs, packed.scales))
+    ready("bits", out.device)
     UNPACK_OP(signs, scales, out, packed.block, factor, accumulate)
     return out
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ds_kernels.ops.linear_check import NAMES, check_bf16, check_dequantize, check_linear
 from ds_kernels.ops.linear_native import make_native, make_native_bf16, make_native_dequantize
 from ds_kernels.packed import Bits, PackedLinear, unpack
-from ds_kernels.registry import Kernel, define
+from ds_kernels.registry import Kernel, define, ready
 
 _SCHEMA = (
     "(Tensor x, Tensor codes, Tensor scales, Tensor? zeros, Tensor? bias, int group, int columns) -> Tensor"
@@ -22,11 +22,11 @@ _SCHEMA = (
 def quant_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tensor:
     """x times the packed weight, transposed, plus bias: products and sums in fp32, rounded once to x's dtype.
 
-    The weight is frozen; x and bias have gradients (through the weight in x's dtype). Fast once
-    `load("linear", device)` was called, as QuantLinear does.
+    The weight is frozen; x and bias have gradients (through the weight in x's dtype).
     Shapes: x [..., in] fp32, bf16 or fp16 -> [..., out] of the same dtype; bias [out].
     Raises: ValueError naming the argument, what it is and what it should be.
     """
+    ready("linear", x.device)
     out: Tensor = OPS[packed.bits](
         x, packed.codes, packed.scales, packed.zeros, bias, packed.group, packed.in_features
     )
@@ -36,15 +36,16 @@ def quant_linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) ->
 def linear_bf16(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear in bf16, faster for the few rows of decoding.
 
-    Fast once `load("linear", device)` was called.
     Shapes: x [..., in], weight [out, in], both bf16 -> [..., out]; bias [out].
     """
+    ready("linear", x.device)
     out: Tensor = BF16(x, weight, bias)
     return out
 
 
 def dequantize_linear(packed: PackedLinear, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [out, in], each element computed in fp32 and rounded once to `dtype`."""
+    ready("linear", packed.codes.device)
     out: Tensor = DEQUANTIZE(
         packed.codes, packed.scales, packed.zeros, packed.bits, packed.group, packed.in_features, dtype
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_kernels import check
 from ds_kernels.native import DTYPES
-from ds_kernels.registry import Kernel, define
+from ds_kernels.registry import Kernel, define, ready
 
 NAME = "newton_schulz"
 SCHEMA = (
@@ -46,6 +46,7 @@ def newton_schulz(
     Raises: ValueError naming the argument, what it is and what fits.
     """
     a, b, c = coefficients
+    ready("muon", x.device)
     out: Tensor = OP(x, steps=steps, a=a, b=b, c=c, eps=eps, method=method, dtype=dtype)
     return out
 

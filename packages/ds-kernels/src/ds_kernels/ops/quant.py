@@ -14,7 +14,7 @@ from ds_kernels import check
 from ds_kernels.native import DTYPES, Native, code, written
 from ds_kernels.ops.quant_formats import FORMATS, Format, Rounding, decode, encode
 from ds_kernels.ops.rows import as_bytes, give_back, read_rows
-from ds_kernels.registry import Kernel, define
+from ds_kernels.registry import Kernel, define, ready
 
 FormatName = Literal["int8", "uint8", "int4", "uint4", "e4m3", "e5m2", "e3m2", "e4m7"]
 QUANTIZE, DEQUANTIZE = "quantize_blocks_", "dequantize_blocks_"
@@ -85,6 +85,7 @@ def quantize_blocks(
     if x.dim() == 0:
         check.refuse(QUANTIZE, "x", x, "at least 1 dimension")
     made = out or allocate_blocks(x.shape, dtype=x.dtype, format=format, block=block, device=x.device)
+    ready("quant", x.device)
     QUANTIZE_OP(
         x, made.codes, made.scales, made.zeros, made.format, made.block, by_chance, seed, first_block
     )  # fmt: skip
@@ -103,6 +104,7 @@ def dequantize_blocks(
         if accumulate:
             raise ValueError(f"{DEQUANTIZE}: accumulate=True needs `out` to add to")
         out = torch.empty(blocks.shape, dtype=dtype or blocks.dtype, device=blocks.codes.device)
+    ready("quant", out.device)
     DEQUANTIZE_OP(
         blocks.codes, blocks.scales, blocks.zeros, out, blocks.format, blocks.block, accumulate
     )  # fmt: skip

@@ -25,7 +25,7 @@ from ds_kernels.ops.quant import (
 )
 from ds_kernels.ops.quant_formats import Format, Rounding, decode, encode
 from ds_kernels.ops.rows import give_back, read_rows
-from ds_kernels.registry import Kernel, define
+from ds_kernels.registry import Kernel, define, ready
 
 SUM, REQUANTIZE = "sum_blocks_", "requantize_blocks_"
 
@@ -41,6 +41,7 @@ def sum_blocks(
     if out is None:
         out = torch.empty(received.shape[1:], dtype=dtype or received.dtype, device=received.codes.device)
     parts = (received.codes, received.scales, received.zeros)
+    ready("quant", out.device)
     SUM_OP(*parts, out, received.format, received.block, factor)
     return out
 
@@ -72,6 +73,7 @@ def requantize_blocks(
         raise ValueError(
             f"{REQUANTIZE}: out has blocks of {out.block}, received of {received.block}; wanted: the same"
         )
+    ready("quant", out.codes.device)
     REQUANTIZE_OP(
         received.codes, received.scales, received.zeros, out.codes, out.scales, out.zeros, received.shape[-1],
         format=received.format, out_format=out.format, block=received.block, factor=factor,

@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_kernels import check
 from ds_kernels.native import DTYPES, Native, address, code, pointers, written
 from ds_kernels.ops import bits as bits  # its ops are of this family
-from ds_kernels.registry import Kernel, define
+from ds_kernels.registry import Kernel, define, ready
 
 NAME = "sum_into_"
 
@@ -26,6 +26,7 @@ def sum_into_(out: Tensor, sources: Sequence[Tensor], *, factor: float = 1.0) ->
     and fp16, `out` too. A source may be `out` itself, but not overlap it otherwise. On the CPU memory
     may start at any byte.
     """
+    ready("bits", out.device)
     OP(out, list(sources), factor)
     return out
 

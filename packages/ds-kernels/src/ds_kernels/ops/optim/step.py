@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ds_kernels.ops.optim import elementwise, lamb
 from ds_kernels.ops.optim.rules import Hyper, LambHyper
+from ds_kernels.registry import ready
 
 OPS = {**elementwise.OPS, LambHyper.op: lamb.OP}
 
@@ -47,6 +48,8 @@ def optim_step_(
     """
     if hyper.op not in OPS:
         raise ValueError(f"optim_step_: hyper is {hyper!r}; wanted the numbers of one of {', '.join(OPS)}")
+    if lists.params:
+        ready("optim", lists.params[0].device)
     states = [list(part) for part in lists.states]
     OPS[hyper.op](
         list(lists.params),
