@@ -99,8 +99,10 @@ def _copy(value: Any) -> Any:
 
 def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
-        unseen = one.is_sparse or one.is_meta
-        return unseen or torch.allclose(one.double(), other.double(), rtol=0, atol=0, equal_nan=True)
+        if one.is_sparse or one.is_meta:
+            return True
+        left, right = (torch.view_as_real(t) if t.is_complex() else t for t in (one, other))
+        return torch.allclose(left.double(), right.double(), rtol=0, atol=0, equal_nan=True)
     if isinstance(one, list):
         return all(map(_same, one, other))
     return True
