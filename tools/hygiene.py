@@ -13,6 +13,7 @@ from repo import Repo, check
 PATTERNS = {
     "a path of one machine": r"(?<![\w.])/(wor[k]|hom[e]|User[s]|roo[t]|opt/whee[l]s|opt/pyp[i])/\w",
     "a registry host": r"pyp[i]\.org|pythonhoste[d]\.org|pytorc[h]\.org/whl",
+    "a merge that was not finished": r"^(<{7}|>{7}) ",
     "a secret": r"BEGIN [A-Z ]*PRIVATE KE[Y]|AKI[A][0-9A-Z]{16}|gh[pousr]_\w{36}|hf_[A-Za-z0-9]{34}",
 }
 BINARY = {".png", ".jpg", ".gif", ".ico", ".safetensors", ".so", ".whl", ".gz", ".npz", ".pdf"}

@@ -77,6 +77,7 @@ DIRTY = {
     "a home": "see /ho" + "me/ann/data",
     "a workplace": 'PATH = "/wor' + 'k/data"',
     "a registry": "https://pyp" + "i.org/simple",
+    "half a merge": "<" * 7 + " origin/main",
     "a key": "-----BEGIN PRIVATE KE" + "Y-----",
     "pickle": "import pick" + "le",
     "from pickle": "from pick" + "le import loads",
