@@ -88,14 +88,16 @@ class Lists:
                 )
         if not count:
             return
-        shapes, numels = [p.shape for p in self.params], [p.numel() for p in self.params]
+        numels = [p.numel() for p in self.params]
         for name, tensors in lists.items():
             self._check_kind(name, tensors)
             if name == "params":
                 continue
-            if name in self.names and [t.shape for t in tensors] != shapes:
-                fits = [t.shape == shape for t, shape in zip(tensors, shapes, strict=True)]
-                self._refuse(name, tensors, "its parameter's shape", fits)
+            if name in self.names:
+                # Two shapes at a time: thousands that live together set off garbage collections.
+                fits = [t.shape == p.shape for t, p in zip(tensors, self.params, strict=True)]
+                if not all(fits):
+                    self._refuse(name, tensors, "its parameter's shape", fits)
             elif [t.numel() for t in tensors] != numels:
                 fits = [t.numel() == n for t, n in zip(tensors, numels, strict=True)]
                 self._refuse(name, tensors, "as many elements as its parameter", fits)
