@@ -100,6 +100,7 @@ FEATURES: Mapping[str, Feature] = {
     "other world": Feature(
         "going on from a checkpoint at another world size and stage, and back", _yes(_TOGETHER)
     ),
+    "offload": Feature("`store=TieredStore(...)`: training state on the host or on disk", _yes(_TOGETHER)),
     "EMA": Feature("an exponential moving average of the masters", _yes(_TOGETHER)),
 }
 

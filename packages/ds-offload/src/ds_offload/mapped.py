@@ -1,4 +1,4 @@
-"""Tensors over memory that is partly the process's own and partly a file's: plain to read, wherever they live."""
+"""Tensors over memory that is partly the process's own and partly a file's, plain to read and write."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 PAGE = mmap.PAGESIZE
 _HUGE = 2 << 20
+_FIXED = 0x10  # MAP_FIXED of Linux: in place of what is mapped there
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -37,17 +38,30 @@ class Mapping:
         if base == _FAILED:
             raise _refused(f"mapping {length} bytes of memory")
         if file_bytes:
-            fixed = libc.mmap(base + host_bytes, file_bytes, 3, mmap.MAP_SHARED | 0x10, fd, offset)  # MAP_FIXED
+            fixed = libc.mmap(
+                base + host_bytes, file_bytes, 3, mmap.MAP_SHARED | 0x10, fd, offset
+            )  # MAP_FIXED
             if fixed == _FAILED:
                 error = _refused(f"mapping {file_bytes} bytes of a file")
                 libc.munmap(base, length)
                 raise error
         elif host_bytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             libc.madvise(base, length, mmap.MADV_HUGEPAGE)
-        memory = (ctypes.c_uint8 * max(1, self.nbytes)).from_address(base)
-        weakref.finalize(memory, libc.munmap, base, length).atexit = False  # the kernel does it then
+        # Every tensor over the mapping holds `memory`, and it goes with the last of them.
+        self.memory = (ctypes.c_uint8 * max(1, self.nbytes)).from_address(base)
+        weakref.finalize(self.memory, libc.munmap, base, length).atexit = False  # the kernel does it then
         self.base = base
-        self.tensor: Tensor = torch.frombuffer(memory, dtype=torch.uint8)[: self.nbytes]
+        self.tensor: Tensor = torch.frombuffer(self.memory, dtype=torch.uint8)[: self.nbytes]
+
+    def pin(self) -> bool:
+        """Let a GPU copy to and from the host's part by itself. True when it took effect."""
+        if not torch.cuda.is_available() or not self.host_bytes:
+            return False
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        if int(runtime.cudaHostRegister(self.base, self.host_bytes, 0)) != 0:
+            return False
+        weakref.finalize(self.memory, runtime.cudaHostUnregister, self.base).atexit = False
+        return True
 
     def forget(self) -> None:
         """The file's pages that are in memory go, written where they were dirty; they come back when read."""

@@ -41,9 +41,11 @@ class Volume:
     def __init__(self, folder: str | os.PathLike[str], io: AsyncIO | None = None) -> None:
         self.folder = os.fspath(folder)
         if not os.path.isdir(self.folder):
-            raise ValueError(f"nvme={self.folder!r} is no folder; give one on the disk that shall hold the state")
+            raise ValueError(
+                f"nvme={self.folder!r} is no folder; give one on the disk that shall hold the state"
+            )
         if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise ValueError(f"nvme={self.folder!r}: this process may not write there; choose another folder")
+            raise ValueError(f"nvme={self.folder!r}: this process may not write there; give another folder")
         self.path = os.path.join(self.folder, f"ds-offload-{os.getpid()}-{uuid.uuid4().hex[:8]}.bin")
         self.file = AioFile(self.path, "rw")
         os.unlink(self.path)
@@ -52,6 +54,7 @@ class Volume:
         self._own = io is None
         self.io = io or AsyncIO(queue_depth=64, block_size=1 << 20)
         self._lock = threading.Lock()
+        self._closed = False
         self._free: list[Extent] = []  # sorted by offset, never two that touch
         self.size = 0  # of the file
         self.used = 0  # bytes in extents
@@ -98,8 +101,12 @@ class Volume:
         self.size += size
 
     def free(self, extent: Extent) -> None:
-        """Give bytes back to this volume. Requests on them must be done."""
+        """Give bytes back to this volume; after `close` there is nothing to give back. Requests on them must
+        be done.
+        """
         with self._lock:
+            if self._closed:  # the descriptor's number may be another file's by now
+                return
             self.used -= extent.nbytes
             holes = sorted([*self._free, extent], key=lambda hole: hole.offset)
             merged = holes[:1]
@@ -117,17 +124,19 @@ class Volume:
     # -- bytes ---------------------------------------------------------------------------------------------
 
     def read(self, offset: int, tensor: Tensor) -> AioFuture:
-        """Fill a contiguous CPU tensor with the bytes from `offset`. Leave it alone until the future is done."""
+        """Fill a contiguous CPU tensor with the bytes from `offset`; leave it alone until that is done."""
         self.read_bytes += tensor.nbytes
         return self.io.read(self.file, tensor, offset)
 
     def write(self, offset: int, tensor: Tensor) -> AioFuture:
-        """Put a contiguous CPU tensor's bytes at `offset`. Leave it alone until the future is done."""
+        """Put a contiguous CPU tensor's bytes at `offset`; leave it alone until that is done."""
         self.written_bytes += tensor.nbytes
         return self.io.write(self.file, tensor, offset)
 
     def close(self) -> None:
-        """Wait for what is under way and give the file back; again is harmless."""
+        """Give the file back, after what is under way; again is harmless."""
+        with self._lock:
+            self._closed = True
         self.file.close()
         if self._own:
             self.io.close()

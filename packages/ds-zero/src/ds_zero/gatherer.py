@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,7 +12,18 @@ from torch import Tensor
 from ds_core.ground.codec import gather_coded
 from ds_core.ground.ticket import Ticket
 from ds_core.protocols import Codec, Communicator
+from ds_core.state.store import Away
 from ds_core.state.unit import FlatUnit, Whole
+
+
+@dataclass(slots=True)
+class _Fetching:
+    """A shard on its way from where it lives, and what takes it to the other ranks once that has begun."""
+
+    unit: FlatUnit
+    shard: Tensor
+    ticket: Ticket
+    sent: Ticket | None = None
 
 
 class Gatherer:
@@ -20,10 +32,23 @@ class Gatherer:
     With `node` (hpZ: Wang et al., "ZeRO++", 2023) what a gather over all ranks brought is kept as a second
     shard, cut over the ranks of this node only, and every further gather until the masters change stays
     inside the node.
+
+    With `away` shards may live elsewhere: each is fetched when its unit is launched, and travels on to the
+    other ranks when the next unit is launched or this one is used, whichever comes first. Both happen in
+    the same order on every rank.
     """
 
-    def __init__(self, comm: Communicator, codec: Codec | None, *, node: Communicator | None = None) -> None:
+    def __init__(
+        self,
+        comm: Communicator,
+        codec: Codec | None,
+        *,
+        node: Communicator | None = None,
+        away: Away | None = None,
+    ) -> None:
         self._comm = comm
+        self._away = away
+        self._fetching: list[_Fetching] = []  # shards on their way here, oldest first
         self._codec = codec
         self._node = node
         self._secondary: dict[int, Tensor] = {}  # unit -> its 1/node part of the present values
@@ -33,16 +58,46 @@ class Gatherer:
         """Start bringing a unit; nothing to do where it is current or on its way."""
         if unit.state in (Whole.READY, Whole.COMING):
             return
-        whole = unit.make_room()
-        unit.ticket = self._gather(unit, whole)
+        unit.make_room()
+        unit.ticket = self._gather(unit)
         unit.state = Whole.COMING
 
-    def _gather(self, unit: FlatUnit, whole: object) -> Ticket:
-        codec = self._codec if unit.dtype.is_floating_point else None
+    def _gather(self, unit: FlatUnit) -> Ticket:
         node, key = self._node, id(unit)
         if node is not None and not unit.keep_whole and self._kept.get(key) == unit.edition:
             return node.all_gather(unit.whole, self._secondary[key], about=unit.about)
-        shard = unit.local
+        fetched = self._fetch(unit)
+        if fetched is not None:
+            return fetched
+        return self._spread(unit, unit.local)
+
+    def _fetch(self, unit: FlatUnit) -> Ticket | None:
+        """Start bringing a shard that lives elsewhere; None where its home is here."""
+        if self._away is None or unit.shard_key is None:
+            return None
+        alone = self._comm.world == 1
+        shard = unit.whole if alone else self._comm.allocate(unit.layout.shard_numel, unit.dtype)
+        ticket = self._away.fetch(unit.shard_key, shard)
+        if ticket is None or alone:
+            return ticket
+        while self._fetching:
+            self._send(self._fetching.pop(0))
+        fetching = _Fetching(unit, shard, ticket)
+        self._fetching.append(fetching)
+        return Ticket(finish=partial(self._finish, fetching))
+
+    def _send(self, fetching: _Fetching) -> None:
+        fetching.ticket.wait()
+        fetching.sent = self._spread(fetching.unit, fetching.shard)
+
+    def _finish(self, fetching: _Fetching) -> None:
+        while fetching.sent is None:
+            self._send(self._fetching.pop(0))
+        fetching.sent.wait()
+
+    def _spread(self, unit: FlatUnit, shard: Tensor) -> Ticket:
+        """From this rank's shard to the whole copy on every rank."""
+        codec, node = self._codec if unit.dtype.is_floating_point else None, self._node
         if codec is not None and unit.keep_whole:
             # The decoded values overwrite the buffer that the shard is a view of.
             shard = shard.clone()

@@ -112,7 +112,7 @@ class ZeroOwner(FlatOwner):
         super()._connect()
         config = self.config
         node = self.mesh.communicator("dp_shard", "gather") if config.secondary_shard else None
-        self.gatherer = Gatherer(self.gather_comm, self._gather_codec, node=node)
+        self.gatherer = Gatherer(self.gather_comm, self._gather_codec, node=node, away=self.store.away)
         prefetch = config.prefetch_numel if config.overlap else 0
         self.uses = UseHooks(self, prefetch_numel=prefetch, keep_numel=config.keep_numel)
 

@@ -26,11 +26,11 @@ class UnitFactory:
         cut: Cut | frozenset[str],
         split: Split,
         keep_whole: Callable[[UnitPlan], bool],
-        lossy_gather: bool,
+        master_apart: bool,
     ) -> None:
         self._precision, self._rank, self._world = precision, rank, world
         self._device, self._cut, self._split = device, cut, split
-        self._keep_whole, self._lossy_gather = keep_whole, lossy_gather
+        self._keep_whole, self._master_apart = keep_whole, master_apart
 
     def plan(self, model: nn.Module, lingering: Container[int] = ()) -> tuple[UnitPlan, ...]:
         """The units that the model's present parameters make.
@@ -54,7 +54,7 @@ class UnitFactory:
             precision=self._precision,
             cut="whole" if whole else self._cut_of(plan),
             keep_whole=self._keep_whole(plan),
-            lossy_gather=self._lossy_gather,
+            master_apart=self._master_apart,
         )
 
     def _cut_of(self, plan: UnitPlan) -> Cut:

@@ -75,7 +75,10 @@ class FlatOwner(SavedUnits):
         self.precision = precision
         self.store: Store = store or DeviceStore()
         settings = _Options(**options)
-        self.features = self.extra_features | _features(model, precision, settings, self.mesh)
+        away = self.store.away
+        self.features = (
+            self.extra_features | self.store.features | _features(model, precision, settings, self.mesh)
+        )
         refuse(self.stage, self.features)
         self.options, self.given = settings, frozenset(options)  # for `explain`
         self.cut = settings.cut
@@ -91,13 +94,15 @@ class FlatOwner(SavedUnits):
             cut=settings.cut,
             split=Split(settings.bucket_numel, tuple(settings.leaves)),
             keep_whole=settings.keep_whole,
-            lossy_gather=settings.lossy_gather,
+            master_apart=settings.lossy_gather or (away is not None and away.apart("master")),
         )
         _refuse_owned(model)
         precision.refuse_unmatched(model)
         self.units = [self.factory.make(plan) for plan in self.factory.plan(model)]
         for unit in self.units:
             self._fill(unit)
+        if away is not None:
+            away.settle()
         self._fill_buffers()
         self.changes = ChangeGate()  # opened right before masters change
         self.before_next_change = self.changes.before_next_change
@@ -120,6 +125,7 @@ class FlatOwner(SavedUnits):
             whole_grads=self._whole_grads,
             codec=self.options.reduce,
             overlap=self.options.overlap,
+            away=self.store.away,
         )
         self.hooks = OwnerHooks(self)
         self._place: dict[int, tuple[FlatUnit, int]] = {

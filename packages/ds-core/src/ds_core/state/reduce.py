@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ds_core.ground.flight import is_one_signature, signature
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec
 from ds_core.state.groups import DataGroups
+from ds_core.state.store import Away
 from ds_core.state.unit import FlatUnit
 
 IN_FLIGHT = 2  # reductions under way at once: enough to overlap, few enough to bound memory
@@ -51,6 +53,7 @@ class GradReducer:
         whole_grads: bool,
         codec: Codec | None = None,
         overlap: bool = True,
+        away: Away | None = None,
     ) -> None:
         self.units = list(units)
         self.order = list(reversed(range(len(self.units))))
@@ -62,6 +65,7 @@ class GradReducer:
         self._comm, self._control, self._replicas = groups.reduce, groups.control, groups.replicas
         self._lanes = groups.lanes  # in which ranks must have issued the same before gradients are used
         self._sharded, self._whole_grads, self._codec, self._overlap = sharded, whole_grads, codec, overlap
+        self._away = away  # takes reduced gradients to where they live, when that is not here
         self._pending = [_Pending(None, [False] * len(u.params), [False] * len(u.params)) for u in self.units]
         self._in_flight: list[Ticket] = []
         self._cursor = 0
@@ -150,23 +154,28 @@ class GradReducer:
         if not self._sharded:
             ticket = self._all_reduce(unit, bucket)
         else:
-            accumulate = unit.gradient is not None
+            room = self._away.room(unit) if self._away is not None else None
+            accumulate = unit.gradient is not None and room is None
             if unit.gradient is not None and self._replicas.world > 1 and unit.is_mean:
                 unit.gradient.mul_(1.0 / self._replicas.world)  # a share again, until the next drain
             unit.is_mean = False
-            if unit.gradient is None:
+            if room is None and unit.gradient is None:
                 unit.gradient = torch.empty(
                     unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device
                 )
+            out = unit.gradient if room is None else room
+            assert out is not None
             ticket = reduce_coded(
                 self._comm,
                 self._codec,
-                unit.gradient,
+                out,
                 bucket,
                 scale=1.0 / (self._comm.world * self._replicas.world),
                 accumulate=accumulate,
                 about=unit.about,
             )
+            if room is not None and self._away is not None:
+                ticket = Ticket([ticket], keepalive=(room,), finish=partial(self._away.keep, unit, room))
         self._in_flight.append(ticket)
         while len(self._in_flight) > (IN_FLIGHT if self._overlap else 0):
             self._in_flight.pop(0).wait()
@@ -199,7 +208,9 @@ class GradReducer:
             bucket.mul_(1.0 / self._comm.world)
 
         def keep() -> None:
-            if unit.gradient is not None:
+            if self._away is not None and self._away.room(unit) is not None:
+                self._away.keep(unit, bucket.to(unit.grad_dtype))
+            elif unit.gradient is not None:
                 unit.gradient.add_(bucket)
             else:
                 unit.gradient = bucket.to(unit.grad_dtype)
@@ -232,6 +243,8 @@ class GradReducer:
         for ticket in self._in_flight:
             ticket.wait()
         self._in_flight.clear()
+        if self._away is not None:
+            self._away.settle()
         self._sum_over_replicas()
         if self._expected_rounds is None:
             self._learn_order()
@@ -246,10 +259,15 @@ class GradReducer:
         for index in self.order:
             unit = self.units[index]
             if unit.gradient is not None and not unit.is_mean:
-                tickets.append(self._replicas.all_reduce(unit.gradient, about=unit.about))
+                wire = unit.gradient.to(unit.device)  # itself, unless it lives elsewhere
+                tickets.append((unit, wire, self._replicas.all_reduce(wire, about=unit.about)))
                 unit.is_mean = True
-        for ticket in tickets:
+        for unit, wire, ticket in tickets:
             ticket.wait()
+            if unit.gradient is not None and wire is not unit.gradient:
+                unit.gradient.copy_(wire)
+            elif unit.gradient is not None:
+                torch.autograd.graph.increment_version(unit.gradient)  # collectives write behind its back
 
     def _agree(self) -> list[bool]:
         """Which slots got a gradient on any rank, and which units still hold some on any rank."""
@@ -297,6 +315,8 @@ class GradReducer:
         for ticket in self._in_flight:
             ticket.wait()
         self._in_flight.clear()
+        if self._away is not None:
+            self._away.settle()
         for unit, pending, seen in zip(self.units, self._pending, self._seen, strict=True):
             unit.drop_grad()
             pending.bucket = None

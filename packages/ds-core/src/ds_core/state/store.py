@@ -1,12 +1,16 @@
-"""Who keeps named tensors between uses: the protocol, and the plain store where they stay on the device."""
+"""Who keeps named tensors between uses: the protocols, and the plain store where they stay on the device."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from ds_core.ground.ticket import Ticket
+from ds_core.state.layout import BucketLayout
+
+Kind = Literal["param", "master", "grad", "moment"]
 
 
 class Lease(Protocol):
@@ -20,14 +24,64 @@ class Lease(Protocol):
 
 
 class Store(Protocol):
-    """Owns named 1-D tensors in some tier: device, pinned host, NVMe, or a policy over several."""
+    """Owns named 1-D tensors in some tier: device, host, disk, or a policy over several.
 
-    def create(self, key: str, init: Tensor) -> None: ...
-    def prefetch(self, keys: Sequence[str]) -> None: ...
+    Keys are "<unit>/param", "<unit>/master", "<unit>/grad" or "<unit>/<state of the optimizer>".
+    `features`: what using it means, in the words of `ds_core.limits`. `away`: how to reach tensors that live
+    elsewhere than where they are used; None when none does.
+    """
+
+    @property
+    def features(self) -> frozenset[str]: ...
+    @property
+    def away(self) -> Away | None: ...
+
+    def create(self, key: str, init: Tensor) -> Tensor:
+        """Take over `init`; returns its home: the live bytes, plain to read and write, wherever they are."""
+        ...
+
+    def home(self, key: str) -> Tensor: ...
     def lease(self, key: str, device: torch.device) -> Lease: ...
     def drop(self, key: str) -> None: ...
     def bytes_by_tier(self) -> dict[str, int]: ...
-    def flush(self) -> None: ...
+
+
+class HasGradient(Protocol):
+    """What is asked of a unit whose gradient leaves: a FlatUnit."""
+
+    key: str
+    layout: BucketLayout
+    device: torch.device
+    grad_dtype: torch.dtype
+    gradient: Tensor | None
+
+
+class Away(Protocol):
+    """Tensors that live elsewhere: the fast ways there and back, beside the plain one through their homes."""
+
+    def apart(self, kind: Kind) -> bool:
+        """Does this kind live apart from the memory that computes with it?"""
+        ...
+
+    def fetch(self, key: str, out: Tensor) -> Ticket | None:
+        """Start filling `out` [numel] with a tensor's bytes; None where its home is as good."""
+        ...
+
+    def room(self, unit: HasGradient) -> Tensor | None:
+        """Where a reduced gradient [shard_numel] of the unit goes before it leaves; None when it stays."""
+        ...
+
+    def keep(self, unit: HasGradient, reduced: Tensor) -> None:
+        """The gradient leaves: `unit.gradient` is its home from here on, with what was there added."""
+        ...
+
+    def settle(self) -> None:
+        """Everything that was on its way has arrived: homes are current."""
+        ...
+
+    def steps(self, optimizer: Any) -> Any:
+        """How a `ShardedOptimizer` updates what is not here: a `ds_core.train.optim.Elsewhere`."""
+        ...
 
 
 class HeldLease:
@@ -47,19 +101,21 @@ class HeldLease:
 class DeviceStore:
     """Keeps every tensor where it was created. Leases cost nothing and may be held for ever."""
 
-    resident = True
+    features: frozenset[str] = frozenset()
+    away: None = None
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
 
-    def create(self, key: str, init: Tensor) -> None:
+    def create(self, key: str, init: Tensor) -> Tensor:
         """Take over `init`, without a copy. Raises ValueError when the key is taken."""
         if key in self._tensors:
             raise ValueError(f"the store already holds {key!r}; one store serves one model")
         self._tensors[key] = init
+        return init
 
-    def prefetch(self, keys: Sequence[str]) -> None:
-        """Nothing to do: it is all here."""
+    def home(self, key: str) -> Tensor:
+        return self._tensors[key]
 
     def lease(self, key: str, device: torch.device) -> HeldLease:
         """The tensor itself. Raises ValueError when it lives on another device."""
@@ -74,6 +130,3 @@ class DeviceStore:
 
     def bytes_by_tier(self) -> dict[str, int]:
         return {"device": sum(tensor.nbytes for tensor in self._tensors.values())}
-
-    def flush(self) -> None:
-        """Nothing to do: there is no slower tier."""

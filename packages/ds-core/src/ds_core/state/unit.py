@@ -61,7 +61,7 @@ class FlatUnit:
         precision: Precision,
         cut: Cut = "flat",
         keep_whole: bool = True,
-        lossy_gather: bool = False,
+        master_apart: bool = False,
     ) -> None:
         self.plan = plan
         self.key = plan.key
@@ -72,11 +72,14 @@ class FlatUnit:
         self.params: list[nn.Parameter] = [param for _, param in plan.params]
         self.cut = cut
         self.layout: BucketLayout = plan_layout(((n, p.shape) for n, p in plan.params), world, cut=cut)
+        begin = rank * self.layout.shard_numel
+        self.span = slice(begin, begin + self.layout.shard_numel)  # this rank's part of the whole buffer
         self.dtype = plan.dtype
         self.grad_dtype = precision.of_grads(plan)
         self.master_dtype = precision.of_master(plan)
-        # A lossy gather overwrites the whole copy with what was on the wire, so a master cannot live in it.
-        self.separate_master = self.master_dtype != self.dtype or (lossy_gather and keep_whole)
+        # A whole copy that stays cannot hold a master that lives elsewhere, or that a lossy gather must not
+        # overwrite with what was on the wire.
+        self.separate_master = self.master_dtype != self.dtype or (master_apart and keep_whole)
         self.device = device
         self.state = Whole.ABSENT
         self.ticket: Ticket | None = None
@@ -96,12 +99,6 @@ class FlatUnit:
         filler = float("nan") if self.dtype.is_floating_point else 0
         self._poison = torch.full((), filler, dtype=self.dtype, device=device)
 
-    @property
-    def span(self) -> slice:
-        """This rank's part of the whole buffer."""
-        begin = self.rank * self.layout.shard_numel
-        return slice(begin, begin + self.layout.shard_numel)
-
     # -- construction --------------------------------------------------------------------------------------
 
     def adopt(self, flat: Tensor, store: Store) -> None:
@@ -109,16 +106,19 @@ class FlatUnit:
         self._store = store
         self.whole = flat if flat.dtype == self.dtype else flat.to(self.dtype)
         part = self.whole[self.span]
-        self.local = part if self.keep_whole else part.clone()
-        if self.trainable:
-            apart = self.separate_master
-            master = flat[self.span].to(self.master_dtype, copy=True) if apart else self.local
-            store.create(f"{self.key}/master", master)
+        self.local = _give(self, store, part if self.keep_whole else part.clone(), flat[self.span])
         self.state = Whole.READY
         self.point_at_whole()
         self.note_versions()
         if not self.keep_whole:
             self.let_go()
+
+    @property
+    def shard_key(self) -> str | None:
+        """What the store knows `local` as; None where it is part of a whole copy that stays."""
+        if self.keep_whole:
+            return None
+        return f"{self.key}/{'master' if self.trainable and not self.separate_master else 'param'}"
 
     # -- cut anew ---------------------------------------------------------------------------------------
 
@@ -127,15 +127,12 @@ class FlatUnit:
         self._store = store
         if self.keep_whole:
             self.whole = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
-            self.local = self.whole[self.span]
+            local = self.whole[self.span]
         else:
             self.whole = torch.empty(self.layout.numel, dtype=self.dtype, device=self.device)
             self.whole.untyped_storage().resize_(0)
-            self.local = torch.zeros(self.layout.shard_numel, dtype=self.dtype, device=self.device)
-        if self.trainable:
-            apart = self.separate_master
-            master = torch.zeros_like(self.local, dtype=self.master_dtype) if apart else self.local
-            store.create(f"{self.key}/master", master)
+            local = torch.zeros(self.layout.shard_numel, dtype=self.dtype, device=self.device)
+        self.local = _give(self, store, local, local)
 
     def rewritten(self) -> list[int]:
         """Slots whose parameter shows other memory than the unit's: somebody assigned to its `.data`."""
@@ -167,8 +164,9 @@ class FlatUnit:
                 param.data = self._poison.expand(slot.shape)
         if not self.keep_whole:
             self.whole.untyped_storage().resize_(0)
-        if self.trainable and self._store is not None:
-            self._store.drop(f"{self.key}/master")
+        if self._store is not None:
+            for key in {f"{self.key}/master" if self.trainable else None, self.shard_key} - {None}:
+                self._store.drop(str(key))
         self.drop_grad()
         self.state = Whole.ABSENT
         self.params, self.layout = [], replace(self.layout, slots=())
@@ -271,7 +269,11 @@ class FlatUnit:
 
     def values(self) -> Tensor:
         """The authoritative values of this rank's part: the master, or the shard of a frozen unit."""
-        return self.master().tensor if self.trainable else self.local
+        return (
+            self.local
+            if self._store is None or not self.trainable
+            else self._store.home(f"{self.key}/master")
+        )
 
     def refresh_local(self) -> None:
         """Master -> shard in the parameters' dtype (nothing to copy where they are the same memory)."""
@@ -293,6 +295,16 @@ class FlatUnit:
         self.note_versions()
 
 
+def _give(unit: FlatUnit, store: Store, local: Tensor, values: Tensor) -> Tensor:
+    """Give shard and master to the store, one tensor where nothing is lost; returns the shard's home."""
+    if unit.trainable:
+        apart = unit.separate_master
+        home = store.create(f"{unit.key}/master", values.to(unit.master_dtype, copy=True) if apart else local)
+        if not apart:
+            return home
+    return local if unit.keep_whole else store.create(f"{unit.key}/param", local)
+
+
 def refuse_lost_writes(units: Sequence[FlatUnit]) -> None:
     """Before a step: LostWriteError for an in-place write that no master saw, naming the parameter."""
     for unit in units:
@@ -302,6 +314,7 @@ def refuse_lost_writes(units: Sequence[FlatUnit]) -> None:
 
 def gather_shards(comm: Communicator, unit: FlatUnit, shard: Tensor) -> Tensor:
     """All ranks' shards [shard_numel] of a unit in a row: [numel]. Collective where units are cut."""
+    shard = shard.to(unit.device)  # from wherever it lives
     if unit.layout.world == 1:
         return shard
     flat = torch.empty(unit.layout.numel, dtype=shard.dtype, device=shard.device)

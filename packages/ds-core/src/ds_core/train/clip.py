@@ -27,11 +27,10 @@ def square_and_sums(optimizer: ShardedOptimizer, sums: Tensor | None) -> Tensor:
     Collective: drains. Without shards every rank knows the norm, and only `sums` travels.
     """
     optimizer.show_grads()
-    owner, gradients = optimizer.owner, optimizer.gradients()
+    owner, norms = optimizer.owner, optimizer.norms()
     square = torch.zeros(1, dtype=torch.float64, device=owner.device)
-    if gradients:
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-        square = torch.stack(list(norms)).double().square().sum().view(1)
+    if norms:
+        square = torch.stack(norms).double().square().sum().view(1)
     if owner.sharded:
         square /= owner.everyone.world // owner.comm.world  # every replica adds the same
         message = square if sums is None else torch.cat([square, sums])
@@ -64,11 +63,9 @@ def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
 
 def scale_grads_(optimizer: ShardedOptimizer, factor: Tensor | float) -> None:
     """Multiply every reduced gradient by a factor, without asking the host where it is a device's tensor."""
-    gradients = optimizer.gradients()
     on_host = not isinstance(factor, Tensor) or factor.device.type == "cpu"
-    if not gradients or (on_host and float(factor) == 1.0):
-        return
-    torch._foreach_mul_(gradients, factor)
+    if not (on_host and float(factor) == 1.0):
+        optimizer.scale_gradients(factor)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner
-from ds_core.state.saved import check_shapes
-from ds_core.state.shard import FlatShard, Json, SavedTensor
 from ds_core.state.unit import FlatUnit, refuse_lost_writes
+from ds_core.train.elsewhere import Elsewhere
 from ds_core.train.holdings import Holdings, Piece, place_of
+from ds_core.train.saved_optimizer import SavedOptimizer
 
 # torch optimizers whose update of an element looks at that element alone: their shards may be cut anywhere.
 ELEMENTWISE = frozenset(
@@ -85,7 +85,7 @@ def optimizers_of(owner: FlatOwner) -> list[ShardedOptimizer]:
     return [sharded for sharded in found if sharded is not None and sharded.owner is owner]
 
 
-class ShardedOptimizer:
+class ShardedOptimizer(SavedOptimizer):
     """Swaps shards into `optimizer.param_groups`, in place: schedulers and user code keep their object.
 
     Groups keep their number, order and options. Before each step gradients are drained and shown as the
@@ -101,6 +101,9 @@ class ShardedOptimizer:
         self.wait = wait  # False: the engine's own loop, where the next forward waits for the gathers
         self._missed_said = False
         self._copied: frozenset[str] = frozenset()
+        self._stepped: frozenset[str] = frozenset()
+        away = owner.store.away
+        self.elsewhere: Elsewhere | None = None if away is None else away.steps(self)
         self.held = Holdings(optimizer, owner, self._cut_anew)
         self._offer_copy_out()
         owner.replanner.followers.append(ref(self.held))
@@ -130,6 +133,8 @@ class ShardedOptimizer:
         for kept in (getattr(self.optimizer, name, None) for name in ("copy_out", "low_precision_grads")):
             if kept is not None:
                 kept.clear()
+        if self.elsewhere is not None:
+            self.elsewhere.cut_anew()
         self._offer_copy_out()
         _refuse_cut(self.optimizer, self.owner, self.held.members)
 
@@ -139,7 +144,7 @@ class ShardedOptimizer:
         if out is None:
             return
         covered: dict[str, int] = {}
-        for piece in self.pieces:
+        for piece in self._here():
             unit = piece.unit
             if unit.master_dtype != unit.dtype:
                 out[piece.param] = unit.local[slice(*piece.overlap.local)]
@@ -151,13 +156,18 @@ class ShardedOptimizer:
             == sum(o.local[1] - o.local[0] for o in unit.layout.overlaps(unit.rank))
         )
 
+    def _here(self) -> list[Piece]:
+        """The pieces that the optimizer's own step updates."""
+        elsewhere = self.elsewhere
+        return self.pieces if elsewhere is None else [p for p in self.pieces if not elsewhere.has(p.unit)]
+
     # -- the step ------------------------------------------------------------------------------------------
 
     def show_grads(self) -> None:
-        """Drain, then point every shard's `.grad` at its reduced gradient."""
+        """Drain, then point the `.grad` of every shard that is updated here at its reduced gradient."""
         self.owner.drain()
         direct = getattr(self.optimizer, "low_precision_grads", None)
-        for piece in self.pieces:
+        for piece in self._here():
             gradient = piece.unit.gradient
             if gradient is None or not piece.unit.has_grad[piece.overlap.index]:
                 piece.param.grad = None
@@ -174,7 +184,31 @@ class ShardedOptimizer:
 
     def gradients(self) -> list[Tensor]:
         """This rank's reduced gradients, one flat tensor per unit: [shard_numel]. Call `show_grads` first."""
-        return [unit.gradient for unit in self.owner.trainable if unit.gradient is not None]
+        return [unit.gradient for unit in self._with_gradient() if unit.gradient is not None]
+
+    def _with_gradient(self) -> list[FlatUnit]:
+        return [unit for unit in self.owner.trainable if unit.gradient is not None]
+
+    def norms(self) -> list[Tensor]:
+        """The 2-norm of each of `gradients()`, 0-dim fp32 on the owner's device."""
+        units, elsewhere = self._with_gradient(), self.elsewhere
+        if elsewhere is None:
+            return list(torch._foreach_norm(self.gradients(), 2, dtype=torch.float32)) if units else []
+        found = dict(zip(units, elsewhere.norms(units), strict=True))
+        return [found[unit].to(self.owner.device) for unit in units]
+
+    def scale_gradients(self, factor: Tensor | float) -> None:
+        """Multiply every reduced gradient; those that live elsewhere when the step reads them."""
+        elsewhere = self.elsewhere
+        here = [
+            unit.gradient
+            for unit in self._with_gradient()
+            if unit.gradient is not None and (elsewhere is None or not elsewhere.has(unit))
+        ]
+        if here:
+            torch._foreach_mul_(here, factor)
+        if elsewhere is not None:
+            elsewhere.scale(factor)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """With a closure gradients come in the middle of the step: they are shown when it returns."""
@@ -183,22 +217,30 @@ class ShardedOptimizer:
             _warn_of_missed(self.owner)
         refuse_lost_writes(self.owner.units)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        self._stepped = frozenset()
         if closure is None:
             self.show_grads()
         self.owner.changes.open()
         if closure is None:
+            self._run_elsewhere()
             return None
 
         def shown() -> Any:
             loss = closure()
             self.show_grads()
+            self._run_elsewhere()
             return loss
 
         return args[:1], {**kwargs, "closure": shown}
 
+    def _run_elsewhere(self) -> None:
+        if self.elsewhere is not None:
+            with torch.no_grad():
+                self._stepped = self.elsewhere.run()
+
     def _after_step(self, *_: Any) -> None:
         # Without a gradient the optimizer skips a parameter, and with it the copy-out: the old copy is right.
-        self.owner.publish(wait=self.wait, copied=self._copied)
+        self.owner.publish(wait=self.wait, copied=self._copied | self._stepped)
         self.owner.replanner.stepped(self.held.members)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -220,103 +262,10 @@ class ShardedOptimizer:
         direct = getattr(self.optimizer, "low_precision_grads", None)
         if direct is not None:
             direct.clear()
+        if self.elsewhere is not None:
+            self.elsewhere.forget()
         alone = len(optimizers_of(self.owner)) < 2
         self.owner.zero_grad(None if alone else self.slots)
-
-    # -- checkpoints ---------------------------------------------------------------------------------------
-
-    def before_next_change(self, fn: Callable[[], None]) -> None:
-        """State changes exactly when masters do."""
-        self.owner.before_next_change(fn)
-
-    def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
-        """`<parameter>/<state>` as shards of the parameter's shape, and the groups' options as JSON."""
-        state: dict[str, Tensor | FlatShard | Json] = {}
-        for piece in self.held.trained:
-            for name, value in self.optimizer.state.get(piece.param, {}).items():
-                if value is None:
-                    continue
-                if not isinstance(value, Tensor):
-                    raise TypeError(
-                        f"{type(self.optimizer).__name__} keeps {name!r} as {type(value).__name__}; a "
-                        "checkpoint holds tensors: keep it as a 0-dim tensor"
-                    )
-                shard = self._written(piece, value.detach())
-                if shard is not None:
-                    state[f"{piece.fqn}/{name}"] = shard
-        state["groups"] = [self._options(group) for group in self.optimizer.param_groups]
-        return state
-
-    def _written(self, piece: Piece, value: Tensor) -> FlatShard | None:
-        if value.numel() != piece.param.numel() or value.dim() == 0:
-            return FlatShard(value.reshape(-1), value.shape, 0)
-        part, (low, high) = self.owner.written_part(piece.unit), piece.overlap.local
-        begin, end = max(low, part.start), min(high, part.stop)
-        if begin >= end:
-            return None
-        flat = value.reshape(-1)[begin - low : end - low]
-        return FlatShard(flat, piece.overlap.slot.shape, piece.overlap.begin + begin - low)
-
-    @staticmethod
-    def _options(group: Mapping[str, Any]) -> dict[str, Json]:
-        options: dict[str, Json] = {}
-        for key, value in group.items():
-            if key == "params":
-                continue
-            options[key] = value.item() if isinstance(value, Tensor) else value
-        return options
-
-    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
-        """Allocates the states that the checkpoint holds; each is cut as its parameter is."""
-        mine = {slot.fqn: slot.shape for unit in self.owner.trainable for slot in unit.layout.slots}
-        by_param: dict[str, dict[str, SavedTensor]] = {}
-        for full, info in saved.items():
-            fqn, _, name = full.rpartition("/")
-            by_param.setdefault(fqn, {})[name] = info
-        strangers = {fqn: () for fqn in by_param if fqn not in mine}
-        if strangers:
-            check_shapes({}, strangers)
-        self.owner.changes.open()
-        targets: dict[str, Tensor | FlatShard] = {}
-        for piece in self.held.trained:
-            state: dict[str, Any] = {}
-            for name, info in by_param.get(piece.fqn, {}).items():
-                if tuple(info.shape) == tuple(piece.overlap.slot.shape) and info.shape != torch.Size([]):
-                    dtype = info.dtype
-                    state[name] = torch.zeros_like(piece.param, dtype=dtype, requires_grad=False)
-                    shard = FlatShard(state[name].view(-1), piece.overlap.slot.shape, piece.overlap.begin)
-                else:
-                    state[name] = torch.zeros(
-                        info.shape, dtype=info.dtype, device=self._scalar_device(piece, name)
-                    )
-                    shard = FlatShard(state[name].view(-1), info.shape, 0)
-                targets[f"{piece.fqn}/{name}"] = shard
-            self.optimizer.state[piece.param] = state
-        return targets
-
-    def _scalar_device(self, piece: Piece, name: str) -> torch.device:
-        """torch keeps `step` on the host unless the group is capturable or fused on a device."""
-        for group in self.optimizer.param_groups:
-            if any(param is piece.param for param in group["params"]):
-                on_device = group.get("capturable") or group.get("fused")
-                return piece.param.device if on_device or name != "step" else torch.device("cpu")
-        return piece.param.device
-
-    def load_state_dict(self, values: Mapping[str, Json]) -> None:
-        """The groups' options. Raises ValueError when the number of groups differs."""
-        groups = values["groups"]
-        if len(groups) != len(self.optimizer.param_groups):
-            raise ValueError(
-                f"the checkpoint has {len(groups)} parameter groups, the optimizer "
-                f"{len(self.optimizer.param_groups)}; build the optimizer as it was built then"
-            )
-        for group, options in zip(self.optimizer.param_groups, groups, strict=True):
-            for key, value in options.items():
-                old = group.get(key)
-                if isinstance(old, Tensor):
-                    old.fill_(value)
-                else:
-                    group[key] = tuple(value) if isinstance(old, tuple) else value
 
 
 def _refuse_cut(

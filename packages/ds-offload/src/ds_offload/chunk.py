@@ -1,0 +1,187 @@
+"""One chunk of an update: fetched, shown to the optimizer as ordinary parameters, flushed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_core.state.unit import FlatUnit
+from ds_core.train.holdings import Piece
+from ds_offload.buffers import Turn
+from ds_offload.groups import Groups
+from ds_offload.home import Home
+from ds_offload.plan import Chunk
+from ds_offload.states import Homes, UnitStates, is_cut
+
+
+@dataclass(slots=True)
+class Loaded:
+    """One chunk with everything its update reads and writes, flat and of the chunk's length, on the host."""
+
+    chunk: Chunk
+    unit: FlatUnit
+    turn: Turn
+    master: Tensor
+    grad: Tensor
+    out: Tensor | None  # where the shard in the parameters' dtype is written, if it is another tensor
+    states: dict[str, Tensor]
+    reading: list[Future[int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Shown:
+    """One piece's part of a chunk, as the optimizer sees it."""
+
+    piece: Piece
+    param: nn.Parameter
+    part: slice  # of the chunk
+
+
+class ChunkUpdate:
+    """Fetches, updates and flushes chunks of the units of one optimizer.
+
+    `after[id(piece.param)]` collects what the optimizer left as the state of each piece, by name: numbers,
+    and None for what is in a home.
+    """
+
+    def __init__(self, homes: Homes, states: UnitStates, optimizer: Any) -> None:
+        self._homes, self._states, self._optimizer = homes, states, optimizer
+        self.after: dict[int, dict[str, Any]] = {}
+
+    # -- fetch ---------------------------------------------------------------------------------------------
+
+    def fetch(self, chunk: Chunk, unit: FlatUnit, pieces: Sequence[Piece], turn: Turn) -> Loaded:
+        """Views of what is in memory; reads of what is not, into the turn's buffers."""
+        turn.empty()
+        reading: list[Future[int]] = []
+
+        def bring(name: str, home: Home | None, plain: Tensor) -> Tensor:
+            if home is None or plain.data_ptr() != home.tensor.data_ptr():
+                return plain[chunk.begin : chunk.end].to("cpu")
+            if home.in_memory(chunk.begin, chunk.end):
+                return plain[chunk.begin : chunk.end]
+            buffer = turn.buffer(name, chunk.numel, home.dtype)
+            reading.extend(home.read(chunk.begin, buffer))
+            return buffer
+
+        homes, key = self._homes, unit.key
+        found = self._states.of(unit, pieces)
+        states = {name: bring(f"state {name}", home, home.tensor) for name, home in found.items()}
+        assert unit.gradient is not None
+        master = bring("master", homes.home_of(f"{key}/master"), unit.values().detach())
+        grad = bring("grad", homes.home_of(f"{key}/grad"), unit.gradient)
+        return Loaded(chunk, unit, turn, master, grad, self._out(chunk, unit, turn), states, reading)
+
+    def _out(self, chunk: Chunk, unit: FlatUnit, turn: Turn) -> Tensor | None:
+        if not unit.separate_master:
+            return None
+        home = None if unit.shard_key is None else self._homes.home_of(unit.shard_key)
+        in_place = home is None or home.in_memory(chunk.begin, chunk.end)
+        if in_place and unit.local.device.type == "cpu":
+            return unit.local[chunk.begin : chunk.end]
+        return turn.buffer("out", chunk.numel, unit.dtype)
+
+    # -- update --------------------------------------------------------------------------------------------
+
+    def update(
+        self, now: Loaded, pieces: Sequence[Piece], groups: Groups, factor: Tensor | float | None
+    ) -> None:
+        """One step of the optimizer's rule over these pieces' part of the chunk, gradients times `factor`."""
+        for future in now.reading:
+            future.result()
+        shown = []
+        for piece in pieces:
+            low, high = piece.overlap.local
+            at = now.chunk.begin
+            part = slice(max(low, at) - at, min(high, now.chunk.end) - at)
+            if part.start < part.stop:
+                shown.append(self._show(now, piece, part, factor))
+        copied = self._offer_out(now, shown)
+        try:
+            groups.step([(each.piece, each.param) for each in shown])
+        finally:
+            for each in shown:
+                self._take(now, each)
+        if now.out is not None and not copied:
+            now.out.copy_(now.master)
+
+    def _show(self, now: Loaded, piece: Piece, part: slice, factor: Tensor | float | None) -> _Shown:
+        optimizer, numel = self._optimizer, part.stop - part.start
+        shape = piece.param.shape if numel == piece.param.numel() else (numel,)
+        param = nn.Parameter(now.master[part].view(shape))
+        gradient = now.grad[part].view(shape)
+        if factor is not None:
+            gradient.mul_(factor)
+        direct = getattr(optimizer, "low_precision_grads", None)
+        if gradient.dtype == param.dtype:
+            param.grad = gradient
+        elif direct is not None:
+            direct[param] = gradient
+        else:
+            param.grad = gradient.to(param.dtype)
+        state: dict[str, Any] = {}
+        for name, value in optimizer.state.get(piece.param, {}).items():
+            if is_cut(value, piece.param):
+                state[name] = now.states[name][part].view(shape)
+            else:
+                state[name] = value.clone() if isinstance(value, Tensor) else value
+        if state:
+            optimizer.state[param] = state
+        return _Shown(piece, param, part)
+
+    def _offer_out(self, now: Loaded, shown: Sequence[_Shown]) -> bool:
+        """Let the optimizer write the low precision shard in the same pass. True when that is all of it."""
+        copy_out = getattr(self._optimizer, "copy_out", None)
+        if now.out is None or copy_out is None:
+            return False
+        for each in shown:
+            copy_out[each.param] = now.out[each.part]
+        return sum(each.param.numel() for each in shown) == now.chunk.numel
+
+    def _take(self, now: Loaded, shown: _Shown) -> None:
+        """What the optimizer left: states into the chunk's, numbers aside until the last chunk is done."""
+        optimizer = self._optimizer
+        for kept in (getattr(optimizer, name, None) for name in ("copy_out", "low_precision_grads")):
+            if kept is not None:
+                kept.pop(shown.param, None)
+        after = self.after[id(shown.piece.param)] = {}
+        for name, value in optimizer.state.pop(shown.param, {}).items():
+            if not is_cut(value, shown.param):
+                after[name] = value
+                continue
+            after[name] = None  # keeps its place among the names
+            if name not in now.states:
+                now.states[name] = self._new_state(now, name, value.dtype)
+            here = now.states[name][shown.part].view(value.shape)
+            if here.data_ptr() != value.data_ptr():
+                here.copy_(value)
+
+    def _new_state(self, now: Loaded, name: str, dtype: torch.dtype) -> Tensor:
+        home, chunk = self._states.home(now.unit, name, dtype), now.chunk
+        if home.in_memory(chunk.begin, chunk.end):
+            return home.tensor[chunk.begin : chunk.end]
+        buffer = now.turn.buffer(f"state {name}", chunk.numel, dtype)
+        for future in home.read(chunk.begin, buffer):  # what an earlier step made of the unit's other pieces
+            future.result()
+        return buffer
+
+    # -- flush ---------------------------------------------------------------------------------------------
+
+    def flush(self, now: Loaded) -> None:
+        """What was changed goes back, without waiting."""
+        homes, unit, begin, end = self._homes, now.unit, now.chunk.begin, now.chunk.end
+        changed = [(homes.home_of(f"{unit.key}/master"), now.master)]
+        changed += [(homes.home_of(f"{unit.key}/{name}"), state) for name, state in now.states.items()]
+        if now.out is not None:
+            home = None if unit.shard_key is None else homes.home_of(unit.shard_key)
+            changed.append((home, now.out))
+            if home is None and now.out.device != unit.local.device:
+                unit.local[begin:end].copy_(now.out, non_blocking=True)
+        for home, values in changed:
+            if home is not None and not home.in_memory(begin, end):
+                now.turn.flushing += home.write(begin, values)

@@ -1,0 +1,86 @@
+"""Home: the bytes of one named tensor, partly in host memory and partly in a file, as one plain tensor."""
+
+from __future__ import annotations
+
+import weakref
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor
+
+from ds_offload.mapped import Mapping
+from ds_offload.volume import Volume
+
+
+class Home:
+    """`numel` elements of `dtype`: the first `host_numel` in memory, the rest in `volume`.
+
+    `tensor` shows all of them; see [Note: two ways to one file] for what that means. The space in the file is
+    given back when the last tensor over it is gone, whoever holds it.
+    """
+
+    def __init__(
+        self, numel: int, dtype: torch.dtype, file_numel: int, volume: Volume | None, *, pinned: bool = False
+    ) -> None:
+        self.numel, self.dtype = numel, dtype
+        self.host_numel = numel - file_numel
+        self.pending: list[Future[int]] = []  # writes under way to the file
+        item = dtype.itemsize
+        if file_numel:
+            assert volume is not None
+            extent = volume.allocate(file_numel * item)
+            self._offset = extent.offset
+            mapping = Mapping(self.host_numel * item, file_numel * item, fd=volume.fd, offset=extent.offset)
+            weakref.finalize(mapping.memory, volume.free, extent).atexit = False
+        else:
+            mapping = Mapping(self.host_numel * item)
+        self._mapping, self._volume = mapping, volume
+        self.pinned = pinned and bool(self.host_numel) and mapping.pin()
+        self.tensor: Tensor = mapping.tensor.view(dtype)
+
+    @property
+    def host_bytes(self) -> int:
+        return self.host_numel * self.dtype.itemsize
+
+    @property
+    def file_bytes(self) -> int:
+        return (self.numel - self.host_numel) * self.dtype.itemsize
+
+    def in_memory(self, begin: int, end: int) -> bool:
+        """Is a range of elements in host memory, so that a view of it is as good as a copy?"""
+        return end <= self.host_numel
+
+    def read(self, begin: int, out: Tensor) -> list[Future[int]]:
+        """Fill a CPU tensor with the elements from `begin`: what is in memory now, the rest when done."""
+        self.settle()
+        split = max(0, min(out.numel(), self.host_numel - begin))
+        if split:
+            out[:split].copy_(self.tensor[begin : begin + split])
+        if split == out.numel():
+            return []
+        assert self._volume is not None
+        return [self._volume.read(self._at(begin + split), out[split:])]
+
+    def write(self, begin: int, values: Tensor) -> list[Future[int]]:
+        """Put a CPU tensor's elements at `begin`; leave it alone until the futures, if any, are done."""
+        split = max(0, min(values.numel(), self.host_numel - begin))
+        if split:
+            self.tensor[begin : begin + split].copy_(values[:split])
+        if split == values.numel():
+            return []
+        assert self._volume is not None
+        future = self._volume.write(self._at(begin + split), values[split:])
+        self.pending.append(future)
+        return [future]
+
+    def settle(self) -> None:
+        """Every write has arrived. Raises AioError for one that failed."""
+        while self.pending:
+            self.pending.pop(0).result()
+
+    def forget(self) -> None:
+        """Let go of the file's pages that a plain look at the tensor brought into memory."""
+        self._mapping.forget()
+
+    def _at(self, element: int) -> int:
+        return self._offset + (element - self.host_numel) * self.dtype.itemsize

@@ -1,0 +1,85 @@
+"""Where the optimizer's states of units off the device live, and how they show in `optimizer.state`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_core.state.unit import FlatUnit
+from ds_core.train.holdings import Piece
+from ds_core.train.optim import ShardedOptimizer
+from ds_offload.home import Home
+
+
+class Homes(Protocol):
+    """What is asked of the store."""
+
+    def home_of(self, key: str) -> Home | None: ...
+    def make_home(self, key: str, numel: int, dtype: torch.dtype, device: torch.device) -> Home: ...
+
+
+def is_cut(value: Any, param: Tensor) -> bool:
+    """Is this a state with a number for every element of the parameter?"""
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape == param.shape
+
+
+class UnitStates:
+    """One home for each unit and state, of which every piece has its part; numbers stay with the pieces."""
+
+    def __init__(self, homes: Homes, sharded: ShardedOptimizer) -> None:
+        self._homes, self._sharded = homes, sharded
+
+    def home(self, unit: FlatUnit, name: str, dtype: torch.dtype) -> Home:
+        """Made when it is first asked for. Raises ValueError when a unit's pieces disagree on the dtype."""
+        key = f"{unit.key}/{name}"
+        found = self._homes.home_of(key)
+        if found is None:
+            found = self._homes.make_home(key, unit.layout.shard_numel, dtype, unit.device)
+        elif found.dtype != dtype:
+            raise ValueError(
+                f"{name} of {unit.key} lives in {found.dtype} and another parameter of that unit has it in "
+                f"{dtype}: give both groups the same state dtype"
+            )
+        return found
+
+    def room(self, piece: Piece, name: str, dtype: torch.dtype) -> Tensor:
+        """The part of one piece, in its shape."""
+        home = self.home(piece.unit, name, dtype)
+        return home.tensor[slice(*piece.overlap.local)].view(piece.param.shape)
+
+    def of(self, unit: FlatUnit, pieces: Sequence[Piece]) -> dict[str, Home]:
+        """The states that these pieces of a unit have now."""
+        state = self._sharded.optimizer.state
+        names = dict.fromkeys(
+            name
+            for piece in pieces
+            for name, value in state.get(piece.param, {}).items()
+            if is_cut(value, piece.param)
+        )
+        found = {name: self._homes.home_of(f"{unit.key}/{name}") for name in names}
+        return {name: home for name, home in found.items() if home is not None}
+
+    def bring_home(self, pieces: Sequence[Piece]) -> None:
+        """States that are in memory of their own (units were cut anew) move to where they belong."""
+        for piece in pieces:
+            state = self._sharded.optimizer.state.get(piece.param, {})
+            for name, value in state.items():
+                if is_cut(value, piece.param):
+                    room = self.room(piece, name, value.dtype)
+                    if room.data_ptr() != value.data_ptr():
+                        room.copy_(value)
+                        state[name] = room
+
+    def show(self, piece: Piece, after: Mapping[str, Any]) -> None:
+        """`optimizer.state` of a stepped piece. `after`: its states by name, None for what is in a home."""
+        state = self._sharded.optimizer.state[piece.param]
+        for name, value in after.items():
+            if value is not None:
+                state[name] = value
+            elif name not in state:
+                home = self._homes.home_of(f"{piece.unit.key}/{name}")
+                part = slice(*piece.overlap.local)
+                state[name] = None if home is None else home.tensor[part].view(piece.param.shape)

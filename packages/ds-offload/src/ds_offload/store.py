@@ -1,0 +1,214 @@
+"""TieredStore: training state on device, host and disk by a `Tiered` policy, and the ways between them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ds_core.ground.ticket import Ticket
+from ds_core.state.store import HeldLease, Kind
+from ds_core.state.unit import FlatUnit
+from ds_core.train.optim import ShardedOptimizer
+from ds_kernels.aio import AsyncIO
+from ds_offload.home import Home
+from ds_offload.lease import MovedLease
+from ds_offload.moves import Moves
+from ds_offload.policy import Rounding, Split, Tiered, file_numel
+from ds_offload.step import ChunkedUpdate
+from ds_offload.volume import Volume
+
+_KINDS: dict[str, Kind] = {"param": "param", "master": "master", "grad": "grad"}
+_log = logging.getLogger("ds_offload")
+
+
+class TieredStore:
+    """A `ds_core` Store whose tensors live where a `Tiered` says. Built from one, or from its settings.
+
+    `TieredStore(nvme="/fast/disk", masters="nvme", moments="nvme")` and pass it as `shard(..., store=...)`.
+    One store serves one model. Bytes are counted: `bytes_by_tier()`. The file on disk has no name and goes
+    with the process. Raises ValueError for settings that contradict each other, OSError when a disk is full.
+    """
+
+    def __init__(self, policy: Tiered | None = None, **settings: Any) -> None:
+        if policy is not None and settings:
+            raise ValueError(f"give a Tiered or settings, not both; got a Tiered and {sorted(settings)}")
+        self.policy = policy or Tiered(**settings)
+        self.splits: dict[Kind, Split] = {
+            kind: self.policy.splits()[f"{kind}s"] for kind in ("param", "master", "grad", "moment")
+        }
+        on_disk = any(split.nvme for split in self.splits.values())
+        self.features = frozenset({"offload"} if any(s.away for s in self.splits.values()) else ())
+        self.io: AsyncIO | None = None
+        self.volume: Volume | None = None
+        if on_disk:
+            assert self.policy.nvme is not None
+            self.io = AsyncIO(
+                queue_depth=self.policy.queue_depth,
+                block_size=self.policy.block_bytes,
+                max_pending_bytes=self.policy.pending_bytes,
+            )
+            self.volume = Volume(self.policy.nvme, self.io)
+        self.moves = Moves()
+        self._here: dict[str, Tensor] = {}
+        self._homes: dict[str, Home] = {}
+        # Masters and moments share one choice: a unit is updated where both are.
+        self._rounding = {kind: Rounding(self.splits[kind].device) for kind in ("param", "grad", "master")}
+        self._norms: dict[str, tuple[Tensor, int]] = {}  # by unit: of its gradient, of which version of it
+        self._choices: dict[tuple[str, str], bool] = {}
+
+    @property
+    def away(self) -> TieredStore:
+        """The fast ways to what lives elsewhere."""
+        return self
+
+    # -- named tensors -------------------------------------------------------------------------------------
+
+    def create(self, key: str, init: Tensor) -> Tensor:
+        """Take over `init`; returns its home.
+
+        Raises ValueError when the key is taken, OSError when the disk is full.
+        """
+        if key in self._here or key in self._homes:
+            raise ValueError(f"the store already holds {key!r}; one store serves one model")
+        if self.stays(key, init.numel()):
+            self._here[key] = init
+            return init
+        home = self.make_home(key, init.numel(), init.dtype, init.device)
+        self.moves.to_home(home, 0, init.detach())
+        return home.tensor
+
+    def make_home(self, key: str, numel: int, dtype: torch.dtype, device: torch.device) -> Home:
+        """Room for a tensor off the device; what it holds is arbitrary."""
+        split = self.splits[_kind(key)]
+        on_disk = file_numel(numel, split)
+        home = Home(numel, dtype, on_disk, self.volume, pinned=device.type == "cuda")
+        self._homes[key] = home
+        return home
+
+    def stays(self, key: str, numel: int) -> bool:
+        """Does this tensor stay on the device?"""
+        unit, _, name = key.rpartition("/")
+        kind = {"param": "param", "grad": "grad"}.get(name, "master")
+        if (unit, kind) not in self._choices:
+            self._choices[unit, kind] = self._rounding[kind].stays(numel)
+        return self._choices[unit, kind]
+
+    def home(self, key: str) -> Tensor:
+        """The live bytes. Everything on its way there has arrived."""
+        if key in self._here:
+            return self._here[key]
+        found = self._homes[key]
+        found.settle()
+        return found.tensor
+
+    def home_of(self, key: str) -> Home | None:
+        """How to reach a tensor that is not on the device."""
+        return self._homes.get(key)
+
+    def lease(self, key: str, device: torch.device) -> HeldLease | MovedLease:
+        """The tensor on a device: itself, or a copy that goes back if dirty."""
+        if key in self._here:
+            return HeldLease(self._here[key])
+        return MovedLease(self._homes[key], device)
+
+    def drop(self, key: str) -> None:
+        """Forget a tensor and whatever else was kept of its unit; the keys are free again."""
+        unit = key.rpartition("/")[0]
+        self._here.pop(key, None)
+        for name in [name for name in self._homes if name == key or _follows(name, unit)]:
+            self._homes.pop(name).settle()
+        for choice in [choice for choice in self._choices if choice[0] == unit]:
+            del self._choices[choice]
+
+    def bytes_by_tier(self) -> dict[str, int]:
+        return {
+            "device": sum(tensor.nbytes for tensor in self._here.values()),
+            "host": sum(home.host_bytes for home in self._homes.values()),
+            "nvme": sum(home.file_bytes for home in self._homes.values()),
+        }
+
+    # -- away ----------------------------------------------------------------------------------------------
+
+    def apart(self, kind: Kind) -> bool:
+        """Does any of this kind leave the device?"""
+        return self.splits[kind].away > 0
+
+    def fetch(self, key: str, out: Tensor) -> Ticket | None:
+        """Start filling `out` [numel] from a tensor's home; None where a plain copy of it is as good."""
+        home = self._homes.get(key)
+        if home is None or (home.file_bytes == 0 and out.device.type == "cpu"):
+            return None
+        return self.moves.from_home(home, 0, out)
+
+    def room(self, unit: FlatUnit) -> Tensor | None:
+        """Memory for a reduced gradient that leaves the device; None when this unit's stays."""
+        if self.stays(f"{unit.key}/grad", unit.layout.shard_numel):
+            return None
+        return torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
+
+    def keep(self, unit: FlatUnit, reduced: Tensor) -> None:
+        """The gradient leaves; what was there since the last step is added first, and the norm is noted."""
+        key = f"{unit.key}/grad"
+        home = self._homes.get(key) or self.make_home(key, reduced.numel(), reduced.dtype, reduced.device)
+        if unit.gradient is not None:
+            reduced += self._before(home, unit.gradient, reduced)
+        norm = torch._foreach_norm([reduced], 2, dtype=torch.float32)[0]
+        self.moves.to_home(home, 0, reduced)
+        unit.gradient = home.tensor
+        self._norms[unit.key] = norm, home.tensor._version
+
+    def norm_of(self, unit: FlatUnit) -> Tensor:
+        """The 2-norm of a unit's gradient, 0-dim fp32: noted when it left, unless it was written since."""
+        assert unit.gradient is not None
+        norm, version = self._norms.get(unit.key, (None, -1))
+        home = self._homes.get(f"{unit.key}/grad")
+        same = home is not None and unit.gradient.data_ptr() == home.tensor.data_ptr()
+        if norm is not None and same and unit.gradient._version == version:
+            return norm
+        return torch._foreach_norm([unit.gradient], 2, dtype=torch.float32)[0]
+
+    def _before(self, home: Home, gradient: Tensor, like: Tensor) -> Tensor:
+        """What earlier backwards left."""
+        if gradient.data_ptr() != home.tensor.data_ptr():
+            return gradient.to(like.device)  # put there by hand
+        if home.file_bytes == 0 and like.device.type == "cpu":
+            return home.tensor
+        found = torch.empty_like(like)
+        self.moves.from_home(home, 0, found).wait()
+        return found
+
+    def settle(self) -> None:
+        """Everything on its way has arrived. Raises AioError for what did not."""
+        self.moves.settle()
+        for home in self._homes.values():
+            home.settle()
+
+    def forget_pages(self) -> None:
+        """Let go of the pages of the file that plain looks at tensors brought into memory."""
+        for home in self._homes.values():
+            home.forget()
+
+    def steps(self, optimizer: Any) -> ChunkedUpdate:
+        """The update of what is not on the device."""
+        return ChunkedUpdate(self, cast(ShardedOptimizer, optimizer))
+
+    def close(self) -> None:
+        """Wait for what is under way and give the file back. The store is of no use afterwards."""
+        self.moves.settle()
+        if self.volume is not None:
+            self.volume.close()
+        if self.io is not None:
+            self.io.close()
+
+
+def _kind(key: str) -> Kind:
+    return _KINDS.get(key.rpartition("/")[2], "moment")
+
+
+def _follows(name: str, unit: str) -> bool:
+    """Gradients and the optimizer's states go with their unit's master or shard."""
+    home, _, what = name.rpartition("/")
+    return home == unit and what not in ("param", "master")
