@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_core.ground.ticket import Ticket
-from ds_core.state.store import HeldLease, Kind
+from ds_core.state.store import HeldLease, Kind, Shares
 from ds_core.state.unit import FlatUnit
 from ds_core.train.optim import ShardedOptimizer
 from ds_kernels.aio import AsyncIO
@@ -132,6 +132,15 @@ class TieredStore:
 
     # -- away ----------------------------------------------------------------------------------------------
 
+    def shares(self, device: torch.device) -> Shares:
+        """What leaves the memory of a device; of a CPU, whose memory is the host's, only what is on disk."""
+        gone = {kind: s.nvme if device.type == "cpu" else s.away for kind, s in self.splits.items()}
+        policy, per_element = self.policy, 18  # master, gradient and two moments in fp32, a shard in bf16
+        buffers = policy.depth * policy.chunk_numel * per_element if any(gone.values()) else 0
+        if self.volume is not None:
+            buffers += policy.pending_bytes
+        return Shares(gone["param"], gone["grad"], gone["master"], gone["moment"], buffers)
+
     def apart(self, kind: Kind) -> bool:
         """Does any of this kind leave the device?"""
         return self.splits[kind].away > 0
@@ -185,11 +194,7 @@ class TieredStore:
         self.moves.settle()
         for home in self._homes.values():
             home.settle()
-
-    def forget_pages(self) -> None:
-        """Let go of the pages of the file that plain looks at tensors brought into memory."""
-        for home in self._homes.values():
-            home.forget()
+            home.forget()  # pages that plain looks brought into memory
 
     def steps(self, optimizer: Any) -> ChunkedUpdate:
         """The update of what is not on the device."""

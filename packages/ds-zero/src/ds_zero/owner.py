@@ -83,7 +83,7 @@ class ZeroOwner(FlatOwner):
         refuse_unfillable(model, config.initializer)
         mesh = mesh or Topology().build()
         _refuse_no_nodes(mesh, config)
-        _refuse_too_large(model, mesh, config)
+        _refuse_too_large(model, mesh, config, store)
         self.lifetime: Lifetime = config.lifetime
         self._gather_codec = gather
         self._freed_bytes = 0  # of units that were filled since freed memory was last handed back
@@ -207,7 +207,7 @@ def _refuse_no_nodes(mesh: Mesh, config: Settings) -> None:
         )
 
 
-def _refuse_too_large(model: nn.Module, mesh: Mesh, config: Settings) -> None:
+def _refuse_too_large(model: nn.Module, mesh: Mesh, config: Settings, store: Store | None) -> None:
     """A meta model has no bytes yet: say before any are taken that they will not fit.
 
     Raises DoesNotFit (a ValueError) with the estimate of every stage and what to change.
@@ -216,6 +216,7 @@ def _refuse_too_large(model: nn.Module, mesh: Mesh, config: Settings) -> None:
     first = next(iter(model.parameters()), None)
     if first is None or not first.is_meta or accelerator.device.type == "meta":
         return
+    away = None if store is None else store.away
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.is_cpu else 1
     dtype = config.param_dtype or first.dtype
     grad_dtype = config.accumulate_dtype or torch.float32
@@ -228,4 +229,5 @@ def _refuse_too_large(model: nn.Module, mesh: Mesh, config: Settings) -> None:
         largest_unit=max(
             plan.numel for plan in plan_units(model, bucket_numel=config.bucket_numel, leaves=config.leaves)
         ),
+        shares=None if away is None else away.shares(accelerator.device),
     )

@@ -8,9 +8,12 @@ from typing import Literal
 
 from torch import nn
 
+from ds_core.state.store import Shares
 from ds_core.train.memory import Memory, advice, gigabytes
 
 Stage = Literal[0, 1, 2, 3]
+_BUFFERS = 500_000_000  # about what ds-offload's take by default
+
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -112,11 +115,13 @@ def estimate(
     stage: Stage,
     recipe: Recipe | None = None,
     largest_unit: int = 0,
+    shares: Shares | None = None,
 ) -> Estimate:
     """Bytes per rank after Rajbhandari et al., "ZeRO", 2020, section 3: each stage divides one more part.
 
     `largest_unit`: elements of the largest block that is gathered at once. At stage 3 two of them are whole
     at a time (one computes, one arrives), and its gradients pass through one bucket.
+    `shares`: what lives in other memory; then `working` has the buffers through which it travels.
     """
     count, recipe = _count(model), recipe or Recipe()
     if ranks < 1:
@@ -124,28 +129,39 @@ def estimate(
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}; allowed: 0, 1, 2, 3")
     cut = [ranks if stage >= needed else 1 for needed in (3, 2, 1)]
-    working = 0
-    if stage == 3 and ranks > 1:
-        working = largest_unit * (2 * recipe.param_bytes + recipe.grad_bytes)
-    elif stage == 2 and ranks > 1:
-        working = largest_unit * recipe.grad_bytes
+    away = shares or Shares()
+    left = away.params if stage == 3 else 0.0  # below stage 3 parameters stay whole
+    working = away.buffers
+    if stage == 3 and (ranks > 1 or left):
+        working += largest_unit * (2 * recipe.param_bytes + recipe.grad_bytes)
+    elif stage >= 2 and (ranks > 1 or away.grads):
+        working += largest_unit * recipe.grad_bytes
+    masters = recipe.optimizer_bytes - 4 * recipe.states
+    optimizer = masters * (1 - away.masters) + 4 * recipe.states * (1 - away.moments)
+    if not masters:  # an fp32 shard is its own master
+        left = away.masters if stage == 3 else 0.0
     return Estimate(
         stage=stage,
         ranks=ranks,
-        params=count.total * recipe.param_bytes / cut[0],
-        grads=count.trainable * recipe.grad_bytes / cut[1],
-        optimizer=count.trainable * recipe.optimizer_bytes / cut[2],
+        params=count.total * recipe.param_bytes * (1 - left) / cut[0],
+        grads=count.trainable * recipe.grad_bytes * (1 - away.grads) / cut[1],
+        optimizer=count.trainable * optimizer / cut[2],
         working=working,
     )
 
 
 def estimate_all(
-    model: nn.Module | Count | int | float, *, ranks: int, recipe: Recipe | None = None, largest_unit: int = 0
+    model: nn.Module | Count | int | float,
+    *,
+    ranks: int,
+    recipe: Recipe | None = None,
+    largest_unit: int = 0,
+    shares: Shares | None = None,
 ) -> list[Estimate]:
     """The same model at every stage."""
     count = _count(model)
     return [
-        estimate(count, ranks=ranks, stage=stage, recipe=recipe, largest_unit=largest_unit)
+        estimate(count, ranks=ranks, stage=stage, recipe=recipe, largest_unit=largest_unit, shares=shares)
         for stage in STAGES
     ]
 
@@ -158,6 +174,7 @@ def check_fits(
     available: float,
     recipe: Recipe | None = None,
     largest_unit: int = 0,
+    shares: Shares | None = None,
 ) -> Estimate:
     """The estimate, if its model states fit into `available` bytes per rank.
 
@@ -166,7 +183,7 @@ def check_fits(
     """
     recipe = recipe or Recipe()
     count = _count(model)
-    stages = estimate_all(count, ranks=ranks, recipe=recipe, largest_unit=largest_unit)
+    stages = estimate_all(count, ranks=ranks, recipe=recipe, largest_unit=largest_unit, shares=shares)
     mine = stages[stage]
     if mine.total <= available:
         return mine
@@ -177,6 +194,7 @@ def check_fits(
         + "\n"
         + _cheapest(mine, recipe, int(mine.total - available))
         + _advice(count, stages, stage, available, recipe, largest_unit)
+        + _to_disk(count, ranks, recipe, largest_unit, available, shares)
     )
 
 
@@ -216,6 +234,22 @@ def _advice(
         need = -(-stages[3].states * stages[3].ranks // (available - floor))
         return f"change: stage 3 fits from {need:.0f} ranks of this size on"
     return f"change: smaller units; one of {largest_unit:,} elements alone needs {gigabytes(floor)}"
+
+
+def _to_disk(
+    count: Count, ranks: int, recipe: Recipe, largest_unit: int, available: float, shares: Shares | None
+) -> str:
+    """What is left in memory when all state is on a disk, where that would fit."""
+    everything = Shares(1, 1, 1, 1, shares.buffers if shares is not None else _BUFFERS)
+    least = estimate(count, ranks=ranks, stage=3, recipe=recipe, largest_unit=largest_unit, shares=everything)
+    if shares == everything or least.total > available:
+        return ""
+    state = estimate(count, ranks=ranks, stage=3, recipe=recipe).states
+    return (
+        f'\nor: keep state on a disk with ds-offload, store=TieredStore(nvme=<folder>, params="nvme", grads='
+        f'"nvme", masters="nvme", moments="nvme"): at stage 3 {gigabytes(least.total)} stay in memory, '
+        f"{gigabytes(state)} per rank are on disk"
+    )
 
 
 def _count(model: nn.Module | Count | int | float) -> Count:

@@ -70,10 +70,10 @@ class FlatOwner(SavedUnits):
         self.model = model
         self.mesh = mesh or Topology().build()
         self.device = self.mesh.accelerator.device
-        keep_freed_memory(self.mesh.accelerator)
+        self.store: Store = store or DeviceStore()
+        keep_freed_memory(self.mesh.accelerator, keep=self.store.away is None)
         self.sharded = sharded
         self.precision = precision
-        self.store: Store = store or DeviceStore()
         settings = _Options(**options)
         away = self.store.away
         self.features = (

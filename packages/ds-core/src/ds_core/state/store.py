@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -46,6 +47,19 @@ class Store(Protocol):
     def bytes_by_tier(self) -> dict[str, int]: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Which part of each kind of state takes none of a device's memory, and the bytes of it that the buffers
+    take through which state travels.
+    """
+
+    params: float = 0.0
+    grads: float = 0.0
+    masters: float = 0.0
+    moments: float = 0.0
+    buffers: int = 0
+
+
 class HasGradient(Protocol):
     """What is asked of a unit whose gradient leaves: a FlatUnit."""
 
@@ -58,6 +72,10 @@ class HasGradient(Protocol):
 
 class Away(Protocol):
     """Tensors that live elsewhere: the fast ways there and back, beside the plain one through their homes."""
+
+    def shares(self, device: torch.device) -> Shares:
+        """What this saves of the device's memory. A CPU's is the host's."""
+        ...
 
     def apart(self, kind: Kind) -> bool:
         """Does this kind live apart from the memory that computes with it?"""
