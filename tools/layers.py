@@ -66,9 +66,19 @@ def find_package_arrows(repo: Repo) -> Iterator[str]:
     for module in repo.modules.values():
         for item in find_imports(repo, module):
             top = item.target.split(".")[0]
+            if top in extra_packages(repo, module):
+                continue
             if top != module.package and top in repo.projects and top not in layers.get(module.package, []):
                 allowed = ", ".join(layers.get(module.package, [])) or "no other package"
                 yield f"{item.where(repo)}: {module.package} imports {top}; it may import {allowed}"
+
+
+def extra_packages(repo: Repo, module: Module) -> set[str]:
+    """Sibling packages that a recipe or bridge may import, since an extra of its package brings them."""
+    if not OPTIONAL_FOLDERS & set(module.name.split(".")):
+        return set()
+    extras = repo.projects[module.package].get("optional-dependencies", {})
+    return {requirement_name(text) for group in extras.values() for text in group} & repo.projects.keys()
 
 
 def find_undeclared(repo: Repo) -> Iterator[str]:

@@ -94,6 +94,21 @@ def test_planted_fault_is_found(tree, case):
     assert any(expected in text for text in findings), findings
 
 
+def test_a_recipe_may_import_what_an_extra_brings(tree):
+    pyproject = '[project]\nname = "ds-core"\ndependencies = ["numpy"]\n'
+    extra = f'{pyproject}[project.optional-dependencies]\nrecipes = ["ds-zero"]\n'
+    recipe = {f"{CORE}/recipes/job.py": "import ds_zero.owner\n"}
+    where = "packages/ds-core/pyproject.toml"
+
+    def sibling(files):
+        found = layers.find_package_arrows(Repo(tree(GOOD | files)))
+        return [text for text in found if "ds_core imports ds_zero" in text]
+
+    assert sibling(recipe | {where: extra}) == []
+    assert sibling(recipe | {where: pyproject})
+    assert sibling({f"{CORE}/ground/job.py": "import ds_zero.owner\n", where: extra})
+
+
 def test_ring_is_reported_once(tree):
     files = {f"{ZERO}/{x}.py": f"from .{y} import z\n" for x, y in ("ab", "bc", "ca")}
     assert len(list(layers.find_cycles(Repo(tree(files))))) == 1

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_core.ground.ticket import Ticket
-from ds_core.state.store import HeldLease, Kind, Shares
-from ds_core.state.unit import FlatUnit
+from ds_core.state.store import HasGradient, HeldLease, Kind, Shares
 from ds_core.train.optim import ShardedOptimizer
 from ds_kernels.aio import AsyncIO
 from ds_offload.home import Home
@@ -124,10 +123,12 @@ class TieredStore:
             del self._choices[choice]
 
     def bytes_by_tier(self) -> dict[str, int]:
+        """What is held now; a thread that watches may ask."""
+        homes = list(self._homes.values())
         return {
-            "device": sum(tensor.nbytes for tensor in self._here.values()),
-            "host": sum(home.host_bytes for home in self._homes.values()),
-            "nvme": sum(home.file_bytes for home in self._homes.values()),
+            "device": sum(tensor.nbytes for tensor in list(self._here.values())),
+            "host": sum(home.host_bytes for home in homes),
+            "nvme": sum(home.file_bytes for home in homes),
         }
 
     # -- away ----------------------------------------------------------------------------------------------
@@ -152,13 +153,13 @@ class TieredStore:
             return None
         return self.moves.from_home(home, 0, out)
 
-    def room(self, unit: FlatUnit) -> Tensor | None:
+    def room(self, unit: HasGradient) -> Tensor | None:
         """Memory for a reduced gradient that leaves the device; None when this unit's stays."""
         if self.stays(f"{unit.key}/grad", unit.layout.shard_numel):
             return None
         return torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
 
-    def keep(self, unit: FlatUnit, reduced: Tensor) -> None:
+    def keep(self, unit: HasGradient, reduced: Tensor) -> None:
         """The gradient leaves; what was there since the last step is added first, and the norm is noted."""
         key = f"{unit.key}/grad"
         home = self._homes.get(key) or self.make_home(key, reduced.numel(), reduced.dtype, reduced.device)
@@ -169,7 +170,7 @@ class TieredStore:
         unit.gradient = home.tensor
         self._norms[unit.key] = norm, home.tensor._version
 
-    def norm_of(self, unit: FlatUnit) -> Tensor:
+    def norm_of(self, unit: HasGradient) -> Tensor:
         """The 2-norm of a unit's gradient, 0-dim fp32: noted when it left, unless it was written since."""
         assert unit.gradient is not None
         norm, version = self._norms.get(unit.key, (None, -1))

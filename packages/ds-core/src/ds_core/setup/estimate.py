@@ -193,8 +193,8 @@ def check_fits(
         + text_table(stages, available)
         + "\n"
         + _cheapest(mine, recipe, int(mine.total - available))
-        + _advice(count, stages, stage, available, recipe, largest_unit)
         + _to_disk(count, ranks, recipe, largest_unit, available, shares)
+        + _advice(count, stages, stage, available, recipe, largest_unit)
     )
 
 
