@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ds_core.setup.estimate import Count, DoesNotFit, Recipe, check_fits, estimate, estimate_all
+from ds_core.state.store import Shares
 from ds_core.train.memory import gigabytes
 
 
@@ -62,6 +63,30 @@ def test_what_does_not_fit_says_what_would() -> None:
         check_fits(7.5e9, ranks=2, stage=3, available=10e9)
     with pytest.raises(DoesNotFit, match="change: smaller units; one of 1,000 elements"):
         check_fits(10_000, ranks=4, stage=3, available=100, largest_unit=1000)
+
+
+def test_what_is_on_disk_takes_no_memory() -> None:
+    """By hand: 1000 elements in bf16 with fp32 gradients and Adam, parts of it on disk."""
+    recipe = Recipe("bfloat16", "float32")
+    shares = Shares(params=1.0, grads=0.25, masters=0.0, moments=0.5, buffers=77)
+    found = estimate(1000, ranks=2, stage=3, recipe=recipe, largest_unit=10, shares=shares)
+    assert (found.params, found.grads, found.optimizer) == (0, 1500, 500 * (4 + 4))
+    assert found.working == 77 + 10 * (2 * 2 + 4)
+    whole = estimate(1000, ranks=2, stage=2, recipe=recipe, shares=shares)
+    assert whole.params == 2000  # below stage 3 parameters stay
+    fp32 = estimate(1000, ranks=1, stage=3, recipe=Recipe("float32"), shares=Shares(masters=1.0))
+    assert fp32.params == 0  # an fp32 shard is its own master
+
+
+def test_a_disk_is_named_where_it_would_help() -> None:
+    with pytest.raises(DoesNotFit, match="or on a disk, with ds-offload: stage 3") as caught:
+        check_fits(1.3e9, ranks=1, stage=3, available=6e9)
+    assert "500.0 MB stay in memory, 20.8 GB per rank are on disk" in str(caught.value)
+    shares = Shares(1, 1, 1, 1, 400_000_000)
+    assert check_fits(1.3e9, ranks=1, stage=3, available=6e9, shares=shares).total == 400_000_000
+    with pytest.raises(DoesNotFit) as caught:  # it is there already, or would not help
+        check_fits(1.3e9, ranks=1, stage=3, available=1e8, shares=shares)
+    assert "or on a disk" not in str(caught.value)
 
 
 def test_bad_arguments() -> None:

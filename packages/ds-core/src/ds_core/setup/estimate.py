@@ -246,9 +246,9 @@ def _to_disk(
         return ""
     state = estimate(count, ranks=ranks, stage=3, recipe=recipe).states
     return (
-        f'\nor: keep state on a disk with ds-offload, store=TieredStore(nvme=<folder>, params="nvme", grads='
-        f'"nvme", masters="nvme", moments="nvme"): at stage 3 {gigabytes(least.total)} stay in memory, '
-        f"{gigabytes(state)} per rank are on disk"
+        "  or on a disk, with ds-offload: stage 3, store=TieredStore(nvme=<folder>, "
+        f'params="nvme", grads="nvme", masters="nvme", moments="nvme"): {gigabytes(least.total)} stay in memory, {gigabytes(state)} per '
+        "rank are on disk\n"
     )
 
 
