@@ -247,8 +247,8 @@ def _to_disk(
     state = estimate(count, ranks=ranks, stage=3, recipe=recipe).states
     return (
         "  or on a disk, with ds-offload: stage 3, store=TieredStore(nvme=<folder>, "
-        f'params="nvme", grads="nvme", masters="nvme", moments="nvme"): {gigabytes(least.total)} stay in memory, {gigabytes(state)} per '
-        "rank are on disk\n"
+        f'params="nvme", grads="nvme", masters="nvme", moments="nvme"): {gigabytes(least.total)} stay in '
+        f"memory, {gigabytes(state)} per rank are on disk\n"
     )
 
 
