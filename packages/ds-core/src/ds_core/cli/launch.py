@@ -1,7 +1,8 @@
 """`ds launch`: start one process per rank on this host, on the hosts of a hostfile, or under srun and mpirun.
 
 Ranks get what torchrun gives: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR and
-MASTER_PORT; besides, DS_LOG_DIR, DS_BOUND_CORES with --bind-cores, and OMP_NUM_THREADS, OMP_WAIT_POLICY and PYTHONUNBUFFERED where not set.
+MASTER_PORT; besides, DS_LOG_DIR, with --bind-cores DS_BOUND_CORES, and where they are not set
+OMP_NUM_THREADS, OMP_WAIT_POLICY and PYTHONUNBUFFERED.
 """
 
 from __future__ import annotations
