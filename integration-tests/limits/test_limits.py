@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,12 @@ from ds_core.state.unit import FlatUnit, gather_shards
 from ds_core.testing.distributed import run_ranks
 from ds_core.testing.models import CASES, TinyLM
 from ds_core.testing.parity import assert_close_norm
+from ds_offload import offload_activations, offload_blocks
 from ds_zero import EMA, Zero, compile_blocks, gather, no_sync
 
 CASE = CASES["tied"]
 ROOT = Path(__file__).parents[2]
+AWAY = f"nvme:{tempfile.gettempdir()}"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DECAY = 0.75
 # Unit roundoff of what gradients are rounded to on the wire. A gradient is rounded once there, and at stage
@@ -139,6 +142,8 @@ def join(features: frozenset[str], stage: int, mesh: Mesh) -> Run:
         compile_blocks(model, backend="aot_eager", fullgraph=True)
     if "recompute" in features:
         checkpoint_blocks(model, **POLICIES[stage])
+    if "activations away" in features:
+        offload_blocks(model, offload_activations(model, AWAY, min_bytes=1, ahead_bytes=256))
     owner = shard(features, stage, mesh, model, initializer)
     assert features - DONE <= owner.features
     optimizer = ShardedOptimizer(sgd(model, features), owner)

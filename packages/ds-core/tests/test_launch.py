@@ -16,10 +16,13 @@ import sys
 import termios
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+
+from ds_core.cli import launch
+from ds_core.cli.plan import Node
 
 DS = [sys.executable, "-m", "ds_core.cli.main"]
 NASTY = [
@@ -143,6 +146,29 @@ def test_slots_are_chosen_inside_the_mask_and_cores_are_shared_out() -> None:
     first, second = (r["cores"] for r in seen())
     if len(os.sched_getaffinity(0)) > 1:
         assert not {*first} & {*second}  # type: ignore[misc]
+
+
+def test_cores_are_shared_out_by_a_package_that_knows_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Node(0, 1, 0, 3, 3, "127.0.0.1", 1)
+    job = launch.Job(["x"], ".", "logs", 1.0, bind_cores=True)
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: {4, 5, 7, 9, 10, 11, 12})
+    monkeypatch.setattr(launch, "entry_points", lambda group: [])
+    by_number = launch._rank_members(node, job)
+    assert [list(member.cores) for member in by_number] == [[4, 5], [7, 9], [10, 11]]
+    monkeypatch.setattr(launch.os, "sched_getaffinity", lambda pid: {4, 5})
+    assert [list(m.cores) for m in launch._rank_members(node, job)] == [[4], [5], [4]]
+
+    class Entry:
+        @staticmethod
+        def load() -> Callable[[int], list[tuple[int, ...]]]:
+            return lambda ranks: [(rank, rank + 8) for rank in range(ranks)]
+
+    monkeypatch.setattr(launch, "entry_points", lambda group: [Entry] if group == "ds.binding" else [])
+    members = launch._rank_members(node, job)
+    assert [member.cores for member in members] == [(0, 8), (1, 9), (2, 10)]
+    assert {member.environ["DS_BOUND_CORES"] for member in members} == {"1"}
+    free = launch._rank_members(node, launch.Job(["x"], ".", "logs", 1.0, bind_cores=False))
+    assert [(list(m.cores), "DS_BOUND_CORES" in m.environ) for m in free] == [([], False)] * 3
 
 
 def test_a_module_and_a_program_run_too() -> None:

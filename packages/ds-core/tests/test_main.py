@@ -6,8 +6,10 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,6 +59,68 @@ def test_every_command_has_help_and_a_function(name: str, capsys: pytest.Capture
     import_module(module).add_parser(subparsers)
     [shown] = subparsers._choices_actions
     assert shown.help == help_line, "the line in cli/main.py is not that of the command"
+
+
+class Plugin:
+    """An entry point of a package that is not installed here."""
+
+    def __init__(self, name: str, add_parser: Callable[[Any], None] | None = None) -> None:
+        self.name, self.module, self.dist = name, "far_away.command", None
+        self._add_parser = add_parser
+
+    def load(self) -> Callable[[Any], None]:
+        assert self._add_parser is not None, f"{self.name} was imported and nobody asked for it"
+        return self._add_parser
+
+
+def plug(monkeypatch: pytest.MonkeyPatch, *plugins: Plugin) -> None:
+    def found(group: str) -> list[Plugin]:
+        assert group == "ds.command"
+        return list(plugins)
+
+    monkeypatch.setattr(cli, "entry_points", found)
+
+
+def test_a_command_of_an_absent_package_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug(monkeypatch)
+    assert cli.main(["io", "bench", "/somewhere"]) == 2
+    assert capsys.readouterr().err == "ds io comes with ds-offload: pip install ds-offload\n"
+    monkeypatch.setenv("COLUMNS", "200")  # no line is broken
+    cli.main([])
+    assert f"{cli._ELSEWHERE['io'][1]} (needs ds-offload)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_commands_of_packages_are_listed_without_importing_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug(monkeypatch, Plugin("io"), Plugin("brew"))
+    cli.main([])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("io ") and line.endswith(cli._ELSEWHERE["io"][1]) for line in lines)
+    assert any(line.startswith("brew ") and line.endswith("from far_away.command") for line in lines)
+
+
+def test_a_command_of_a_package_runs_like_ours(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(args: argparse.Namespace) -> int:
+        raise ValueError(f"no {args.what}")
+
+    def add_parser(subparsers: Any) -> None:
+        parser = subparsers.add_parser("brew", help="make something hot")
+        parser.add_argument("what")
+        parser.set_defaults(func=refuse if len(seen) else lambda args: seen.append(args.what))
+
+    seen: list[str] = []
+    plug(monkeypatch, Plugin("brew", add_parser), Plugin("launch", add_parser))  # ours stays ours
+    assert cli.main(["brew", "tea"]) == 0
+    assert seen == ["tea"]
+    assert cli.main(["brew", "coffee"]) == 2
+    assert capsys.readouterr().err == "ds brew: no coffee\n"
+    assert cli.main(["launch", "no such file.py"]) == 2
+    assert "no script 'no such file.py'" in capsys.readouterr().err
 
 
 def test_an_error_is_one_line_and_debug_shows_more(

@@ -96,6 +96,7 @@ FEATURES: Mapping[str, Feature] = {
     "recompute": Feature(
         "`checkpoint_blocks(model)`, whichever blocks, with or without `keep`", _yes(_TOGETHER)
     ),
+    "activations away": Feature("ds-offload's `offload_blocks(model, ...)`", _yes(_TOGETHER)),
     "compile": Feature("`compile_blocks(model)`", _yes(_TOGETHER)),
     "other world": Feature(
         "going on from a checkpoint at another world size and stage, and back", _yes(_TOGETHER)

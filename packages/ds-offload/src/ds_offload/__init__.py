@@ -7,9 +7,19 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _HOME: dict[str, str] = {
+    "ActivationOffload": "ds_offload.activation",
+    "Bandwidths": "ds_offload.measure",
     "Tiered": "ds_offload.policy",
     "TieredStore": "ds_offload.store",
     "Volume": "ds_offload.volume",
+    "bind_here": "ds_offload.binding",
+    "io_settings": "ds_offload.io_bench",
+    "measure_bandwidths": "ds_offload.measure",
+    "offload_activations": "ds_offload.activation",
+    "offload_blocks": "ds_offload.activation",
+    "plan_binding": "ds_offload.binding",
+    "predict_step": "ds_offload.measure",
+    "predict_update": "ds_offload.measure",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -1,7 +1,8 @@
 """`ds launch`: start one process per rank on this host, on the hosts of a hostfile, or under srun and mpirun.
 
 Ranks get what torchrun gives: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, GROUP_RANK, MASTER_ADDR and
-MASTER_PORT; besides, DS_LOG_DIR, and OMP_NUM_THREADS, OMP_WAIT_POLICY and PYTHONUNBUFFERED where not set.
+MASTER_PORT; besides, DS_LOG_DIR, with --bind-cores DS_BOUND_CORES, and where they are not set
+OMP_NUM_THREADS, OMP_WAIT_POLICY and PYTHONUNBUFFERED.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -182,23 +184,32 @@ def _host_member(host: str, node: Node, job: Job, args: argparse.Namespace) -> M
 
 
 def _rank_members(node: Node, job: Job) -> list[Member]:
-    cores = sorted(os.sched_getaffinity(0)) if job.bind_cores else []
-    each = max(1, len(cores) // node.nproc)
+    shares = _share_cores(node.nproc) if job.bind_cores else [()] * node.nproc
+    bound = {"DS_BOUND_CORES": "1"} if job.bind_cores else {}
     members = []
     for local in range(node.nproc):
         rank = node.first_rank + local
-        own = cores[local * each : (local + 1) * each]
         members.append(
             Member(
                 name=f"rank {rank}",
                 argv=job.command,
-                environ={**os.environ, **_rank_environ(node, local, job.logs)},
+                environ={**os.environ, **_rank_environ(node, local, job.logs), **bound},
                 log=Path(job.logs, f"rank-{rank}.log"),
                 echo=rank == 0,
-                cores=own or cores[local % len(cores) :][:1] if cores else (),
+                cores=shares[local],
             )
         )
     return members
+
+
+def _share_cores(ranks: int) -> Sequence[Sequence[int]]:
+    """Cores for each rank: by NUMA node and whole ones where a package knows how, else by number."""
+    for entry in entry_points(group="ds.binding"):
+        shares: Sequence[Sequence[int]] = entry.load()(ranks)
+        return shares
+    cores = sorted(os.sched_getaffinity(0))
+    each = len(cores) // ranks
+    return [cores[r * each : (r + 1) * each] if each else [cores[r % len(cores)]] for r in range(ranks)]
 
 
 def _rank_environ(node: Node, local: int, logs: str | None) -> dict[str, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 # name -> (module with add_parser(subparsers), one line of help)
 _COMMANDS = {
@@ -15,6 +17,11 @@ _COMMANDS = {
     "estimate": ("ds_core.cli.estimate", "compute the memory a model needs at each stage"),
     "config": ("ds_core.cli.config", "check a configuration and show what it means"),
     "checkpoint": ("ds_core.cli.checkpoint", "list, verify and export checkpoints"),
+}
+# What other packages add through entry point group `ds.command`: name -> (package, one line of help). The
+# line stands here so that the list of commands imports none of them; a test of the package compares it.
+_ELSEWHERE = {
+    "io": ("ds-offload", "measure a disk, and find the best settings for it"),
 }
 _USER_ERROR = 2
 
@@ -25,9 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ds", description="Train large models.", allow_abbrev=False)
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="command")
-    for name, (module, help_line) in _COMMANDS.items():
+    plugins = _plugins()
+    for name, help_line in _lines(plugins).items():
         if words[:1] == [name]:
-            import_module(module).add_parser(subparsers)
+            adder = _adder(name, plugins)
+            if adder is None:
+                package = _ELSEWHERE[name][0]
+                sys.stderr.write(f"ds {name} comes with {package}: pip install {package}\n")
+                return _USER_ERROR
+            adder(subparsers)
         else:  # in the list of commands, without the cost of importing it
             subparsers.add_parser(name, help=help_line, add_help=False)
     args = parser.parse_args(words)
@@ -40,6 +53,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return _USER_ERROR
     return _run(args)
+
+
+def _plugins() -> Mapping[str, EntryPoint]:
+    """Commands of installed packages, by name; nobody replaces ours."""
+    return {entry.name: entry for entry in entry_points(group="ds.command") if entry.name not in _COMMANDS}
+
+
+def _lines(plugins: Mapping[str, EntryPoint]) -> dict[str, str]:
+    """Every command and its line of help: ours, then those of packages, installed or known."""
+    lines = {name: help_line for name, (_, help_line) in _COMMANDS.items()}
+    for name, (package, help_line) in _ELSEWHERE.items():
+        lines[name] = help_line if name in plugins else f"{help_line} (needs {package})"
+    for name, entry in sorted(plugins.items()):
+        lines.setdefault(name, f"from {entry.dist.name}" if entry.dist else f"from {entry.module}")
+    return lines
+
+
+def _adder(name: str, plugins: Mapping[str, EntryPoint]) -> Callable[[Any], object] | None:
+    """The command's `add_parser`, imported now; None if its package is not installed."""
+    if name in _COMMANDS:
+        found: Callable[[Any], object] = import_module(_COMMANDS[name][0]).add_parser
+        return found
+    return plugins[name].load() if name in plugins else None
 
 
 def _run(args: argparse.Namespace) -> int:
