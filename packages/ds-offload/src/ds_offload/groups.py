@@ -50,7 +50,7 @@ class Groups:
 
 @contextlib.contextmanager
 def _without_hooks(optimizer: Any) -> Iterator[None]:
-    """Hooks are for the whole step and not for each chunk of it; a step that calls another's would run them."""
+    """Hooks are for the whole step and not for each chunk; a step that calls another's would run them."""
     kept = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
     optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     try:

@@ -141,7 +141,7 @@ class ChunkedUpdate:
         return StepPlan(tuple(chunks), policy.depth, widest)
 
     def _seen_whole(self) -> set[int]:
-        """Ids of what an optimizer must see whole, also where nothing cuts it: on one rank, and at stage 0."""
+        """Ids of what an optimizer must see whole, also where nothing cuts it: one rank, stage 0."""
         optimizer = self._owner.optimizer
         chosen = whole_groups(optimizer)
         return {id(p) for group in optimizer.param_groups if id(group) in chosen for p in group["params"]}
