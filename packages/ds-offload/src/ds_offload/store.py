@@ -79,6 +79,8 @@ class TieredStore:
             return init
         home = self.make_home(key, init.numel(), init.dtype, init.device)
         self.moves.to_home(home, 0, init.detach())
+        self.moves.settle()
+        home.settle()  # a write under way would arrive after what the caller writes
         return home.tensor
 
     def make_home(self, key: str, numel: int, dtype: torch.dtype, device: torch.device) -> Home:
