@@ -28,12 +28,13 @@ from ds_core import (
 from ds_core.ground.codec import CastCodec
 from ds_core.ground.mesh import Mesh
 from ds_core.limits import ACROSS_NODES, STAGES, at_stage, combos, tests
+from ds_core.protocols import Store
 from ds_core.state.owner import FlatOwner
 from ds_core.state.unit import FlatUnit, gather_shards
 from ds_core.testing.distributed import run_ranks
 from ds_core.testing.models import CASES, TinyLM
 from ds_core.testing.parity import assert_close_norm
-from ds_offload import offload_activations, offload_blocks
+from ds_offload import TieredStore, offload_activations, offload_blocks
 from ds_zero import EMA, Zero, compile_blocks, gather, no_sync
 
 CASE = CASES["tied"]
@@ -49,6 +50,14 @@ ROUNDINGS = 2
 # What is done with the joined objects, or joined later: an owner cannot see it.
 DONE = frozenset({"loss scale", "accumulation", "no_sync", "several optimizers", "EMA", "other world"})
 DONE |= {"reentrant", "non-reentrant"}
+# Where training state lives: some units on the device, the others' on host and disk.
+TIERS: dict[str, Any] = {
+    "params": "0.2 device / 0.8 nvme",
+    "grads": "0.2 device / 0.3 host / 0.5 nvme",
+    "masters": "0.3 device / 0.7 nvme",
+    "moments": "0.3 device / 0.7 host",
+    "depth": 2,
+}
 # How `checkpoint_blocks` is called, by stage: each choice of blocks and of where inputs are kept.
 POLICIES: list[dict[str, Any]] = [
     {},
@@ -121,7 +130,7 @@ class Run:
         return found | ({"ema": self.ema} if self.ema is not None else {})
 
 
-def join(features: frozenset[str], stage: int, mesh: Mesh) -> Run:
+def join(features: frozenset[str], stage: int, mesh: Mesh, disk: Path) -> Run:
     real = build(features)
     if "meta" in features:
         with torch.device("meta"):
@@ -144,7 +153,8 @@ def join(features: frozenset[str], stage: int, mesh: Mesh) -> Run:
         checkpoint_blocks(model, **POLICIES[stage])
     if "activations away" in features:
         offload_blocks(model, offload_activations(model, AWAY, min_bytes=1, ahead_bytes=256))
-    owner = shard(features, stage, mesh, model, initializer)
+    store = TieredStore(nvme=str(disk), **TIERS) if "offload" in features else None
+    owner = shard(features, stage, mesh, model, initializer, store)
     assert features - DONE <= owner.features
     optimizer = ShardedOptimizer(sgd(model, features), owner)
     ema = EMA(model, DECAY) if "EMA" in features else None
@@ -152,7 +162,12 @@ def join(features: frozenset[str], stage: int, mesh: Mesh) -> Run:
 
 
 def shard(
-    features: frozenset[str], stage: int, mesh: Mesh, model: nn.Module, initializer: Callable[..., None]
+    features: frozenset[str],
+    stage: int,
+    mesh: Mesh,
+    model: nn.Module,
+    initializer: Callable[..., None],
+    store: Store | None,
 ) -> FlatOwner:
     dtype = next((DTYPES[name] for name in features if name in DTYPES), None)
     dtype = torch.float16 if "loss scale" in features else dtype
@@ -165,7 +180,7 @@ def shard(
     }
     reduce = CastCodec(torch.bfloat16) if "reduce codec" in features else None
     if stage == 0:
-        return ReplicatedOwner(model, mesh, dtype=dtype, reduce=reduce, **settings)
+        return ReplicatedOwner(model, mesh, dtype=dtype, reduce=reduce, store=store, **settings)
     config = Zero(
         stage=stage,
         dtype=name,
@@ -177,14 +192,14 @@ def shard(
         **settings,
     )
     wire = CastCodec(torch.bfloat16) if "gather codec" in features else None
-    return config.shard(model, mesh, reduce=reduce, gather=wire)
+    return config.shard(model, mesh, reduce=reduce, gather=wire, store=store)
 
 
-def go_on(run: Run, features: frozenset[str], stage: int, mesh: Mesh, store: CheckpointStore) -> Run:
+def go_on(run: Run, features: frozenset[str], stage: int, mesh: Mesh, worlds: Worlds) -> Run:
     """From a checkpoint, in another world: every master and every average is the same there."""
-    store.save(0, run.parts)
-    other = join(features, stage, mesh)
-    store.load(other.parts)
+    worlds.store.save(0, run.parts)
+    other = join(features, stage, mesh, worlds.disk)
+    worlds.store.load(other.parts)
     for one, two in zip(states(run), states(other), strict=True):
         assert one.keys() == two.keys()
         assert [name for name in one if not torch.equal(one[name], two[name])] == []
@@ -286,18 +301,19 @@ class Worlds:
     here: Mesh
     other: Mesh
     store: CheckpointStore
+    disk: Path
 
 
 def train(features: frozenset[str], stage: int, worlds: Worlds) -> None:
     """Two steps here, and of some one in another world and one here again; each is compared."""
-    run = join(features, stage, worlds.here)
+    run = join(features, stage, worlds.here, worlds.disk)
     reference = Reference(features, masters(run.owner))
     for step in range(2):
         compare(run, features, step, reference)
     if "other world" in features:
-        run = go_on(run, *other_world(features, stage), worlds.other, worlds.store)
+        run = go_on(run, *other_world(features, stage), worlds.other, worlds)
         compare(run, features, 2, reference)
-        run = go_on(run, features, stage, worlds.here, worlds.store)
+        run = go_on(run, features, stage, worlds.here, worlds)
         compare(run, features, 3, reference)
 
 
@@ -342,7 +358,7 @@ def chosen(stage: int, *, across: bool) -> list[frozenset[str]]:
 
 def every_combination(stage: int, across: bool, folder: Path) -> int:
     mesh = Topology(dp_replicate=2) if across else Topology()
-    worlds = Worlds(mesh.build(), Topology(tp=2).build(), CheckpointStore(folder, keep=1))
+    worlds = Worlds(mesh.build(), Topology(tp=2).build(), CheckpointStore(folder, keep=1), folder)
     for features in chosen(stage, across=across):
         try:
             train(features, stage, worlds)

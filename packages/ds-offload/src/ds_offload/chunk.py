@@ -105,8 +105,9 @@ class ChunkUpdate:
         try:
             groups.step([(each.piece, each.param) for each in shown])
         finally:
-            for each in shown:
-                self._take(now, each)
+            left = [self._take_back(each) for each in shown]
+        for each, state in zip(shown, left, strict=True):
+            self._keep(now, each, state)
         if now.out is not None and not copied:
             now.out.copy_(now.master)
 
@@ -137,20 +138,26 @@ class ChunkUpdate:
     def _offer_out(self, now: Loaded, shown: Sequence[_Shown]) -> bool:
         """Let the optimizer write the low precision shard in the same pass. True when that is all of it."""
         copy_out = getattr(self._optimizer, "copy_out", None)
-        if now.out is None or copy_out is None:
+        overflow = getattr(self._optimizer, "found_inf", None)
+        if now.out is None or copy_out is None or (overflow is not None and float(overflow)):
             return False
         for each in shown:
             copy_out[each.param] = now.out[each.part]
         return sum(each.param.numel() for each in shown) == now.chunk.numel
 
-    def _take(self, now: Loaded, shown: _Shown) -> None:
-        """What the optimizer left: states into the chunk's, numbers aside until the last chunk is done."""
+    def _take_back(self, shown: _Shown) -> dict[str, Any]:
+        """The optimizer forgets what it was shown; what it left as its state."""
         optimizer = self._optimizer
         for kept in (getattr(optimizer, name, None) for name in ("copy_out", "low_precision_grads")):
             if kept is not None:
                 kept.pop(shown.param, None)
+        state: dict[str, Any] = optimizer.state.pop(shown.param, {})
+        return state
+
+    def _keep(self, now: Loaded, shown: _Shown, state: dict[str, Any]) -> None:
+        """States into the chunk's, numbers aside until the last chunk is done."""
         after = self.after[id(shown.piece.param)] = {}
-        for name, value in optimizer.state.pop(shown.param, {}).items():
+        for name, value in state.items():
             if not is_cut(value, shown.param):
                 after[name] = value
                 continue

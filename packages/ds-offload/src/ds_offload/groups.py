@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,7 +24,7 @@ class Groups:
         self._options = [dict(group) for group in optimizer.param_groups]
         groups = enumerate(optimizer.param_groups)
         self._group_of = {id(param): index for index, group in groups for param in group["params"]}
-        # torch wraps `step` with hooks, which are for the whole step and not for each chunk of it.
+        # torch wraps `step` with its profiler's range, which is for the whole step.
         step = type(optimizer).step
         self._inner = step.__wrapped__ if getattr(step, "hooked", False) else step
 
@@ -33,7 +35,10 @@ class Groups:
             chosen[self._group_of[id(piece.param)]].append(param)
         for group, options, mine in zip(self._optimizer.param_groups, self._options, chosen, strict=True):
             group.update({**options, "params": mine})
-        self._inner(self._optimizer)
+        with contextlib.ExitStack() as stack:
+            for each in (self._optimizer, *getattr(self._optimizer, "optimizers", ())):
+                stack.enter_context(_without_hooks(each))
+            self._inner(self._optimizer)
 
     def __enter__(self) -> Groups:
         return self
@@ -41,3 +46,14 @@ class Groups:
     def __exit__(self, *_: object) -> None:
         for group, options in zip(self._optimizer.param_groups, self._options, strict=True):
             group.update(options)
+
+
+@contextlib.contextmanager
+def _without_hooks(optimizer: Any) -> Iterator[None]:
+    """Hooks are for the whole step and not for each chunk; a step that calls another's would run them."""
+    kept = optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = kept

@@ -74,9 +74,15 @@ class Home:
         return [future]
 
     def settle(self) -> None:
-        """Every write has arrived. Raises AioError for one that failed."""
-        while self.pending:
-            self.pending.pop(0).result()
+        """Every write is over. Raises AioError for the first that failed, once."""
+        errors = self.abandon()
+        if errors:
+            raise errors[0]
+
+    def abandon(self) -> list[BaseException]:
+        """Every write is over; what went wrong."""
+        pending, self.pending = self.pending, []
+        return [error for future in pending if (error := future.exception()) is not None]
 
     def forget(self) -> None:
         """Let go of the file's pages that a plain look at the tensor brought into memory."""

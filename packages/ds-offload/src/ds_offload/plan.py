@@ -73,7 +73,7 @@ def plan_chunks(unit: int, numel: int, chunk_numel: int, cuts: Sequence[int] | N
         return list(_between(unit, numel, chunk_numel, sorted({*cuts, 0, numel})))
     count = max(1, -(-numel // chunk_numel))
     each = -(-numel // count)
-    each = -(-each // PAGE_NUMEL) * PAGE_NUMEL
+    each = max(1, -(-each // PAGE_NUMEL)) * PAGE_NUMEL
     return [Chunk(unit, at, min(numel, at + each)) for at in range(0, numel, each)]
 
 

@@ -75,6 +75,8 @@ class UnitStates:
 
     def show(self, piece: Piece, after: Mapping[str, Any]) -> None:
         """`optimizer.state` of a stepped piece. `after`: its states by name, None for what is in a home."""
+        if not after:
+            return
         state = self._sharded.optimizer.state[piece.param]
         for name, value in after.items():
             if value is not None:

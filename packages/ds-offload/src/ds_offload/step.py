@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
-from ds_core.train.optim import ShardedOptimizer
+from ds_core.train.optim import ShardedOptimizer, whole_groups
 from ds_offload.buffers import Turns
 from ds_offload.chunk import ChunkUpdate, Loaded
 from ds_offload.groups import Groups
@@ -28,6 +28,7 @@ class UpdateStore(Homes, Protocol):
 
     def stays(self, key: str, numel: int) -> bool: ...
     def norm_of(self, unit: FlatUnit) -> Tensor: ...
+    def abandon(self) -> list[BaseException]: ...
 
 
 class ChunkedUpdate:
@@ -109,6 +110,7 @@ class ChunkedUpdate:
                     for future in left.reading:
                         future.exception()
                 self._turns.abandon()
+                self._store.abandon()
                 raise
         for mine in pieces.values():
             for piece in mine:
@@ -127,15 +129,22 @@ class ChunkedUpdate:
 
     def _plan(self, pieces: dict[FlatUnit, list[Piece]], states: UnitStates) -> StepPlan:
         policy, chunks, widest = self._store.policy, list[Chunk](), 0
+        whole = self._seen_whole()
         for number, (unit, mine) in enumerate(pieces.items()):
             cuts = None
-            if unit.cut == "whole":
+            if unit.cut == "whole" or any(id(piece.param) in whole for piece in mine):
                 cuts = [part.local[1] for part in unit.layout.overlaps(unit.rank)]
             chunks += plan_chunks(number, unit.layout.shard_numel, policy.chunk_numel, cuts)
             dtypes = [unit.master_dtype, unit.grad_dtype, *(h.dtype for h in states.of(unit, mine).values())]
             dtypes += [unit.dtype] if unit.separate_master else []
             widest = max(widest, sum(dtype.itemsize for dtype in dtypes))
         return StepPlan(tuple(chunks), policy.depth, widest)
+
+    def _seen_whole(self) -> set[int]:
+        """Ids of what an optimizer must see whole, also where nothing cuts it: one rank, stage 0."""
+        optimizer = self._owner.optimizer
+        chosen = whole_groups(optimizer)
+        return {id(p) for group in optimizer.param_groups if id(group) in chosen for p in group["params"]}
 
     @contextlib.contextmanager
     def _scaled(self, optimizer: Any) -> Iterator[Tensor | float | None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_core.ground.ticket import Ticket
+from ds_core.state.precision import norms_of
 from ds_core.state.store import HasGradient, HeldLease, Kind, Shares
 from ds_core.train.optim import ShardedOptimizer
 from ds_kernels.aio import AsyncIO
@@ -77,6 +78,8 @@ class TieredStore:
             return init
         home = self.make_home(key, init.numel(), init.dtype, init.device)
         self.moves.to_home(home, 0, init.detach())
+        self.moves.settle()
+        home.settle()  # a write under way would arrive after what the caller writes
         return home.tensor
 
     def make_home(self, key: str, numel: int, dtype: torch.dtype, device: torch.device) -> Home:
@@ -154,18 +157,24 @@ class TieredStore:
         return self.moves.from_home(home, 0, out)
 
     def room(self, unit: HasGradient) -> Tensor | None:
-        """Memory for a reduced gradient that leaves the device; None when this unit's stays."""
+        """Memory for a gradient before it leaves, with what the unit has so far; None when it stays."""
         if self.stays(f"{unit.key}/grad", unit.layout.shard_numel):
             return None
-        return torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
+        room = torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
+        home = self._homes.get(f"{unit.key}/grad")
+        if unit.gradient is None:
+            return room
+        if home is None or unit.gradient.data_ptr() != home.tensor.data_ptr():
+            return room.copy_(unit.gradient)  # put there by hand
+        self.moves.settle()
+        self.moves.from_home(home, 0, room).wait()
+        return room
 
     def keep(self, unit: HasGradient, reduced: Tensor) -> None:
-        """The gradient leaves; what was there since the last step is added first, and the norm is noted."""
+        """The gradient leaves, and its norm is noted."""
         key = f"{unit.key}/grad"
         home = self._homes.get(key) or self.make_home(key, reduced.numel(), reduced.dtype, reduced.device)
-        if unit.gradient is not None:
-            reduced += self._before(home, unit.gradient, reduced)
-        norm = torch._foreach_norm([reduced], 2, dtype=torch.float32)[0]
+        (norm,) = norms_of([reduced])
         self.moves.to_home(home, 0, reduced)
         unit.gradient = home.tensor
         self._norms[unit.key] = norm, home.tensor._version
@@ -178,24 +187,20 @@ class TieredStore:
         same = home is not None and unit.gradient.data_ptr() == home.tensor.data_ptr()
         if norm is not None and same and unit.gradient._version == version:
             return norm
-        return torch._foreach_norm([unit.gradient], 2, dtype=torch.float32)[0]
-
-    def _before(self, home: Home, gradient: Tensor, like: Tensor) -> Tensor:
-        """What earlier backwards left."""
-        if gradient.data_ptr() != home.tensor.data_ptr():
-            return gradient.to(like.device)  # put there by hand
-        if home.file_bytes == 0 and like.device.type == "cpu":
-            return home.tensor
-        found = torch.empty_like(like)
-        self.moves.from_home(home, 0, found).wait()
-        return found
+        return norms_of([unit.gradient])[0]
 
     def settle(self) -> None:
-        """Everything on its way has arrived. Raises AioError for what did not."""
+        """Everything on its way has arrived. Raises AioError for the first that did not, once."""
         self.moves.settle()
+        errors = self.abandon()
+        if errors:
+            raise errors[0]
         for home in self._homes.values():
-            home.settle()
             home.forget()  # pages that plain looks brought into memory
+
+    def abandon(self) -> list[BaseException]:
+        """Every write is over, whatever became of it; what went wrong."""
+        return [error for home in self._homes.values() for error in home.abandon()]
 
     def steps(self, optimizer: Any) -> ChunkedUpdate:
         """The update of what is not on the device."""

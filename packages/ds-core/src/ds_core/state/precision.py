@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -53,3 +54,12 @@ def _matches(fqn: str, pattern: str) -> bool:
     """Does it match the name of the parameter or of a module around it? "*.norm" also one at the top."""
     names = [fqn[:end] for end in [*(at.start() for at in _DOT.finditer(fqn)), None]]
     return any(fnmatchcase(name, pattern) or fnmatchcase(f".{name}", pattern) for name in names)
+
+
+def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The 2-norm of each, 0-dim fp32, summed in fp32; in fp64 where a tensor is."""
+    if any(tensor.dtype == torch.float64 for tensor in tensors):  # which torch refuses to sum in fp32
+        wide = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
+        norms = [torch._foreach_norm([t], 2, dtype=d)[0] for t, d in zip(tensors, wide, strict=True)]
+        return [norm.float() for norm in norms]
+    return list(torch._foreach_norm(list(tensors), 2, dtype=torch.float32)) if tensors else []

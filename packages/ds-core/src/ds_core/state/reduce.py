@@ -67,7 +67,7 @@ class GradReducer:
         self._sharded, self._whole_grads, self._codec, self._overlap = sharded, whole_grads, codec, overlap
         self._away = away  # takes reduced gradients to where they live, when that is not here
         self._pending = [_Pending(None, [False] * len(u.params), [False] * len(u.params)) for u in self.units]
-        self._in_flight: list[Ticket] = []
+        self._in_flight: list[tuple[FlatUnit, Ticket]] = []
         self._cursor = 0
         self._launching = False
         self._rounds = 0
@@ -154,11 +154,14 @@ class GradReducer:
         if not self._sharded:
             ticket = self._all_reduce(unit, bucket)
         else:
-            room = self._away.room(unit) if self._away is not None else None
-            accumulate = unit.gradient is not None and room is None
+            if self._away is not None:  # what is there is that of earlier rounds
+                while any(flying is unit for flying, _ in self._in_flight):
+                    self._in_flight.pop(0)[1].wait()
             if unit.gradient is not None and self._replicas.world > 1 and unit.is_mean:
                 unit.gradient.mul_(1.0 / self._replicas.world)  # a share again, until the next drain
             unit.is_mean = False
+            room = self._away.room(unit) if self._away is not None else None
+            accumulate = unit.gradient is not None
             if room is None and unit.gradient is None:
                 unit.gradient = torch.empty(
                     unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device
@@ -176,9 +179,9 @@ class GradReducer:
             )
             if room is not None and self._away is not None:
                 ticket = Ticket([ticket], keepalive=(room,), finish=partial(self._away.keep, unit, room))
-        self._in_flight.append(ticket)
+        self._in_flight.append((unit, ticket))
         while len(self._in_flight) > (IN_FLIGHT if self._overlap else 0):
-            self._in_flight.pop(0).wait()
+            self._in_flight.pop(0)[1].wait()
 
     def _complete(self, pending: _Pending, unit: FlatUnit) -> Tensor:
         """The bucket with zeros where nothing came and in the padding, in the wire's dtype."""
@@ -208,8 +211,9 @@ class GradReducer:
             bucket.mul_(1.0 / self._comm.world)
 
         def keep() -> None:
-            if self._away is not None and self._away.room(unit) is not None:
-                self._away.keep(unit, bucket.to(unit.grad_dtype))
+            room = self._away.room(unit) if self._away is not None else None
+            if room is not None and self._away is not None:
+                self._away.keep(unit, room.copy_(bucket) if unit.gradient is None else room.add_(bucket))
             elif unit.gradient is not None:
                 unit.gradient.add_(bucket)
             else:
@@ -240,7 +244,7 @@ class GradReducer:
         for index in self.order:
             if leftover[index]:
                 self._launch(index)
-        for ticket in self._in_flight:
+        for _, ticket in self._in_flight:
             ticket.wait()
         self._in_flight.clear()
         if self._away is not None:
@@ -312,7 +316,7 @@ class GradReducer:
 
     def clear(self) -> None:
         """Forget every gradient, reduced or not. Collectives under way are waited for first."""
-        for ticket in self._in_flight:
+        for _, ticket in self._in_flight:
             ticket.wait()
         self._in_flight.clear()
         if self._away is not None:
@@ -338,9 +342,11 @@ class GradReducer:
         if self.in_round or len(self._dropped) == sum(len(unit.params) for unit in self.units):
             self.clear()
             return
-        for ticket in self._in_flight:
+        for _, ticket in self._in_flight:
             ticket.wait()
         self._in_flight.clear()
+        if self._away is not None:
+            self._away.settle()  # a gradient on its way must not arrive after it was zeroed
         for unit, slots in chosen.items():
             index = index_of[unit]
             for slot in slots:

@@ -86,11 +86,13 @@ class Away(Protocol):
         ...
 
     def room(self, unit: HasGradient) -> Tensor | None:
-        """Where a reduced gradient [shard_numel] of the unit goes before it leaves; None when it stays."""
+        """Memory [shard_numel] for a gradient of the unit before it leaves, None when it stays; holds what the
+        unit's gradient is so far, if it has one.
+        """
         ...
 
     def keep(self, unit: HasGradient, reduced: Tensor) -> None:
-        """The gradient leaves: `unit.gradient` is its home from here on, with what was there added."""
+        """The gradient, all of it, leaves: `unit.gradient` is its home from here on."""
         ...
 
     def settle(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -13,6 +15,7 @@ from torch.optim import Optimizer
 
 from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner
+from ds_core.state.precision import norms_of
 from ds_core.state.unit import FlatUnit, refuse_lost_writes
 from ds_core.train.elsewhere import Elsewhere
 from ds_core.train.holdings import Holdings, Piece, place_of
@@ -100,6 +103,7 @@ class ShardedOptimizer(SavedOptimizer):
         _refuse_cut(optimizer, owner)
         self.wait = wait  # False: the engine's own loop, where the next forward waits for the gathers
         self._missed_said = False
+        self._outermost: FrameType | None = None  # of the step under way
         self._copied: frozenset[str] = frozenset()
         self._stepped: frozenset[str] = frozenset()
         away = owner.store.away
@@ -193,7 +197,7 @@ class ShardedOptimizer(SavedOptimizer):
         """The 2-norm of each of `gradients()`, 0-dim fp32 on the owner's device."""
         units, elsewhere = self._with_gradient(), self.elsewhere
         if elsewhere is None:
-            return list(torch._foreach_norm(self.gradients(), 2, dtype=torch.float32)) if units else []
+            return norms_of(self.gradients())
         found = dict(zip(units, elsewhere.norms(units), strict=True))
         return [found[unit].to(self.owner.device) for unit in units]
 
@@ -212,6 +216,9 @@ class ShardedOptimizer(SavedOptimizer):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """With a closure gradients come in the middle of the step: they are shown when it returns."""
+        if self._calls_another():
+            return None
+        self._outermost = sys._getframe(1)
         if not self._missed_said:
             self._missed_said = True
             _warn_of_missed(self.owner)
@@ -233,12 +240,28 @@ class ShardedOptimizer(SavedOptimizer):
 
         return args[:1], {**kwargs, "closure": shown}
 
+    def _calls_another(self) -> bool:
+        """Is this the step of a class that the optimizer's extends, called by its own? Its hooks run twice.
+
+        A step that raised has left its frame, and the next one is an outermost one again.
+        """
+        frame = sys._getframe(2)  # torch's wrapper around a step
+        above = frame.f_back
+        while self._outermost is not None and above is not None:
+            if above is self._outermost:
+                return True
+            above = above.f_back
+        return False
+
     def _run_elsewhere(self) -> None:
         if self.elsewhere is not None:
             with torch.no_grad():
                 self._stepped = self.elsewhere.run()
 
     def _after_step(self, *_: Any) -> None:
+        if self._calls_another():
+            return
+        self._outermost = None
         # Without a gradient the optimizer skips a parameter, and with it the copy-out: the old copy is right.
         self.owner.publish(wait=self.wait, copied=self._copied | self._stepped)
         self.owner.replanner.stepped(self.held.members)
