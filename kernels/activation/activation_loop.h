@@ -27,7 +27,7 @@ DS_INLINE static inline Slope gelu_tanh(float x) {
 // serves the function and its slope. Beside the fit: e^ is off by 4 units and by z^2 / 2 from its argument, Q and t by 12.
 DS_INLINE static inline Slope gelu(float x) {
   const float z = x < 0.0f ? -x : x;
-  const float e = exp_of(-0.5f * (z * z)), t = 1.0f / (1.0f + 0.282842712f * z);
+  const float e = exp_of<true>(-0.5f * (z * z)), t = 1.0f / (1.0f + 0.282842712f * z);
   float q = 0.021184833720326424f;
   q = q * t + -0.07288750261068344f;
   q = q * t + 0.047657426446676254f;

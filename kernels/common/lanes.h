@@ -9,7 +9,7 @@ constexpr int W = V::width < 4 ? 4 : V::width;  // lanes of 32 bits
 typedef float Floats __attribute__((vector_size(4 * W)));
 typedef int32_t Ints __attribute__((vector_size(4 * W)));
 typedef uint32_t Words __attribute__((vector_size(4 * W)));
-typedef uint16_t NarrowWords __attribute__((vector_size(2 * W)));  // as many
+typedef uint16_t Halves __attribute__((vector_size(4 * W)));  // of words
 
 template <class T>
 DS_TARGET static inline Floats load(const T* x) {

@@ -103,9 +103,12 @@ struct Largest {
 // e^x within 2 ulp, for every x; NaN stays NaN, results under 2^-126 are rounded once more, as subnormals are.
 // x = n ln2 + r with ln2 in two parts, the first exact in 10 bits: |r| <= 0.3467 is off by less than 2^-25.5. The polynomial is
 // within 2^-28.3 of (e^r - 1 - r) / r^2 as it counts in e^r; its last two sums round by 2^-24 of at most 1.42 and of 0.42.
+// `low` says that x is not above 60, which is shorter: 2^n is then 2^(n + 64) 2^-64, of which the first is never out of range.
+// Either way one product is exact and the other is rounded once, if it is subnormal, so the bits are the same.
+template <bool low = false>
 DS_INLINE static inline float exp_of(float x) {
   x = x < -104.0f ? -104.0f : x;
-  x = x > 89.0f ? 89.0f : x;
+  if constexpr (!low) x = x > 89.0f ? 89.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer is now in the low bits
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -116,6 +119,7 @@ DS_INLINE static inline float exp_of(float x) {
   p = p * r + 0.49999994f;
   p = (p * r) * r + r;
   p = p + 1.0f;
+  if constexpr (low) return (p * float_of((bits_of(shifted) - 0x4b400000u + 64 + 127) << 23)) * 0x1p-64f;
   const int32_t power = static_cast<int32_t>(bits_of(shifted) - 0x4b400000u), half = power >> 1;
   const float scale = float_of(static_cast<uint32_t>(half + 127) << 23);
   const float rest = float_of(static_cast<uint32_t>(power - half + 127) << 23);

@@ -19,7 +19,7 @@ DS_TARGET static void losses_of(const Call& call, int64_t row, const T* logits) 
   for (int64_t at = 0; at < call.cols; at += kBlock) {
     const int64_t count = call.cols - at < kBlock ? call.cols - at : kBlock;
     const float* x = widened(logits + at, buffer, count);
-    sum.add(count, [=](int64_t i) DS_INLINE { return exp_of(x[i] - from); });
+    sum.add(count, [=](int64_t i) DS_INLINE { return exp_of<true>(x[i] - from); });
     if (call.smoothing != 0.0f) plain.add(count, [=](int64_t i) DS_INLINE { return x[i]; });
   }
   const float lse = from + std::log(sum.total());
@@ -53,13 +53,13 @@ DS_TARGET static void row_of(const Call& call, int64_t row) {
     if (counts) {
       const float* x = widened(logits + at, buffer, count);
 #pragma GCC ivdep
-      for (int64_t i = 0; i < count; ++i) g[i] = exp_of(x[i] - lse) * weight - away;
+      for (int64_t i = 0; i < count; ++i) g[i] = exp_of<true>(x[i] - lse) * weight - away;
     } else {
       for (int64_t i = 0; i < count; ++i) g[i] = 0.0f;
     }
     narrowed(g, grad + at, count);
   }
-  if (counts) from_float((exp_of(kept - lse) * weight - away) - scale * (1.0f - call.smoothing), grad + target);
+  if (counts) from_float((exp_of<true>(kept - lse) * weight - away) - scale * (1.0f - call.smoothing), grad + target);
 }
 
 static Row pick(int dtype) {

@@ -7,33 +7,37 @@ namespace DS_SET {
 #define DS_EACH_BLOCK(at, count) \
   for (int64_t at = 0, count; at < cols && (count = cols - at < kBlock ? cols - at : kBlock); at += kBlock)
 
+constexpr int64_t kHeld = 4 * kBlock;  // elements of a 16-bit row that are kept as fp32, in L1, from the first pass to the last
+
 template <class T>
 DS_TARGET static void add_rows(const T* x, const T* residual, T* total, int64_t cols) {
-  float one[kBlock], two[kBlock], made[kBlock];
-  DS_EACH_BLOCK(at, count) {
-    const float *a = widened(x + at, one, count), *b = widened(residual + at, two, count);
-    float* sum = target_of(total + at, made);
-#pragma GCC ivdep
-    for (int64_t i = 0; i < count; ++i) sum[i] = a[i] + b[i];
-    narrowed(sum, total + at, count);
+  using V = DS_VEC;
+  int64_t i = 0;
+  if constexpr (!std::is_same_v<T, float>) {
+    for (; i + V::width <= cols; i += V::width) V::store(total + i, V::add(V::load(x + i), V::load(residual + i)));
   }
+#pragma GCC ivdep
+  for (; i < cols; ++i) from_float(to_float(x[i]) + to_float(residual[i]), total + i);
 }
 
 template <class T>
 DS_TARGET static void forward_row(const DsNormCall& call, int64_t row) {
   const int64_t cols = call.cols;
-  const T* in = static_cast<const T*>(call.x) + row * cols;
+  const T* source = static_cast<const T*>(call.x) + row * cols;
   if (call.residual) {
     T* total = static_cast<T*>(call.total) + row * cols;
-    add_rows(in, static_cast<const T*>(call.residual) + row * cols, total, cols);
-    in = total;
+    add_rows(source, static_cast<const T*>(call.residual) + row * cols, total, cols);
+    source = total;
   }
-  float buffer[kBlock], made[kBlock];
+  float buffer[kBlock], made[kBlock], held[std::is_same_v<T, float> ? 1 : kHeld];
+  const float* wide = nullptr;
+  if (!std::is_same_v<T, float> && cols <= kHeld) wide = widened(source, held, cols);
+  const auto values = [&](int64_t at, int64_t count) DS_INLINE { return wide ? wide + at : widened(source + at, buffer, count); };
   float mean = 0.0f;
   if (call.mean) {
     Sum sum;
     DS_EACH_BLOCK(at, count) {
-      const float* x = widened(in + at, buffer, count);
+      const float* x = values(at, count);
       sum.add(count, [=](int64_t i) DS_INLINE { return x[i]; });
     }
     mean = sum.total() / static_cast<float>(cols);
@@ -41,14 +45,14 @@ DS_TARGET static void forward_row(const DsNormCall& call, int64_t row) {
   }
   Sum squares;
   DS_EACH_BLOCK(at, count) {
-    const float* x = widened(in + at, buffer, count);
+    const float* x = values(at, count);
     squares.add(count, [=](int64_t i) DS_INLINE { return (x[i] - mean) * (x[i] - mean); });
   }
   const float rstd = 1.0f / __builtin_sqrtf(squares.total() / static_cast<float>(cols) + call.eps);
   call.rstd[row] = rstd;
   T* out = static_cast<T*>(call.y) + row * cols;
   DS_EACH_BLOCK(at, count) {
-    const float *x = widened(in + at, buffer, count), *weight = call.weight + at, *bias = call.bias + at;
+    const float *x = values(at, count), *weight = call.weight + at, *bias = call.bias + at;
     float* y = target_of(out + at, made);
     if (call.weight && call.bias) {
 #pragma GCC ivdep

@@ -50,18 +50,11 @@ struct Coding {
   bool asymmetric;
 };
 
+// By chance: in parts of 2^-16 of a step, of which a draw of 16 bits is added before those bits are cut off.
 template <bool Asymmetric, bool Stochastic>
-DS_TARGET static inline Ints integer_codes(Floats x, const Coding& k, float top, const uint16_t* dice) {
-  Floats t = Asymmetric ? (x - k.zero) * k.inverse : x * k.inverse;
-  if constexpr (Stochastic) {
-    const Ints drawn = __builtin_convertvector(read<NarrowWords>(dice), Ints);
-    t += __builtin_convertvector(drawn, Floats) * 0x1p-16f + (0x1p-17f - 0.5f);
-    // What rounding errors of the division add to the largest value may carry it over.
-    const int32_t high = static_cast<int32_t>(top), low = Asymmetric ? 0 : -high;
-    Ints code = (Ints)N::round((N::Floats)t);
-    code = code > high ? high - Ints{} : code;
-    return code < low ? low - Ints{} : code;
-  }
+DS_TARGET static inline Ints integer_codes(Floats x, const Coding& k, Ints drawn) {
+  const Floats t = Asymmetric ? (x - k.zero) * k.inverse : x * k.inverse;
+  if constexpr (Stochastic) return ((Ints)N::round((N::Floats)(t * 65536.0f)) + drawn) >> 16;
   return (Ints)N::round((N::Floats)t);
 }
 
@@ -81,24 +74,33 @@ DS_TARGET static inline Ints float_codes(Floats x, const Coding& k) {
 
 // -- a group, a block ----------------------------------------------------------------------------------------------------
 
-DS_TARGET static inline void roll(uint16_t* dice, const Dice& from, int64_t group) {
-  constexpr int pairs = kGroup / 2;
+// [Note: draws] 16 hashes of 32 bits serve the 64 elements of a group: their lower halves, their upper halves, and 40503 times
+// (2^16 by the golden ratio) each of both, modulo 2^16. Each draw is uniform, and the pairs (u, 40503 u) fill the square more
+// evenly than chance would: a hash for every pair of elements took longer than all else. Its last shift is left out, too: the
+// lower half of a product misses only bits that the step before has spread.
+constexpr int kHashes = kGroup / 4;
+
+DS_TARGET static inline void roll(uint32_t* dice, const Dice& from, int64_t group) {
   Words lane;
   for (int i = 0; i < W; ++i) lane[i] = static_cast<uint32_t>(i);
-  for (int i = 0; i < pairs; i += W) {
-    Words x = lane + (from.first + static_cast<uint32_t>(group * pairs + i));
+  for (int i = 0; i < kHashes; i += W) {
+    Words x = lane + (from.first + static_cast<uint32_t>(group * kHashes + i));
     x = ((x ^ (x >> 16)) * 0x7feb352du) ^ from.second;
     x = (x ^ (x >> 15)) * 0x846ca68bu;
-    write(dice + 2 * i, x ^ (x >> 16));
+    write(dice + i, x);
+    write(dice + kHashes + i, as<Halves>(x) * static_cast<uint16_t>(40503));
   }
 }
 
+DS_TARGET static inline Ints draw(const uint32_t* dice, int element) {
+  const Words both = read<Words>(dice + element / (2 * kHashes) * kHashes + element % kHashes);
+  return as<Ints>(element / kHashes % 2 ? both >> 16 : both & 0xffff);
+}
+
 template <int F, bool Stochastic>
-DS_TARGET static inline Ints codes_of(Floats x, const Coding& k, const uint16_t* dice) {
-  if constexpr (F == kInt8) return integer_codes<false, Stochastic>(x, k, 127, dice);
-  if constexpr (F == kUint8) return integer_codes<true, Stochastic>(x, k, 255, dice);
-  if constexpr (F == kInt4) return integer_codes<false, Stochastic>(x, k, 7, dice);
-  if constexpr (F == kUint4) return integer_codes<true, Stochastic>(x, k, 15, dice);
+DS_TARGET static inline Ints codes_of(Floats x, const Coding& k, Ints drawn) {
+  if constexpr (F == kInt8 || F == kInt4) return integer_codes<false, Stochastic>(x, k, drawn);
+  if constexpr (F == kUint8 || F == kUint4) return integer_codes<true, Stochastic>(x, k, drawn);
   if constexpr (F == kE4m3) return float_codes<4, 3>(x, k);
   if constexpr (F == kE5m2) return float_codes<5, 2>(x, k);
   if constexpr (F == kE3m2) return float_codes<3, 2>(x, k);
@@ -107,23 +109,21 @@ DS_TARGET static inline Ints codes_of(Floats x, const Coding& k, const uint16_t*
 
 template <int F, class T, bool Stochastic>
 DS_TARGET static inline void encode_group(const T* x, uint8_t* out, const Coding k, const Dice from, int64_t group) {
-  alignas(64) uint16_t dice[kGroup];
+  alignas(64) uint32_t dice[2 * kHashes];
   if constexpr (Stochastic) roll(dice, from, group);
   for (int i = 0; i < kGroup; i += 4 * W) {
     N::Ints codes[4];
     for (int j = 0; j < 4; ++j) {
-      codes[j] = (N::Ints)codes_of<F, Stochastic>(load(x + i + j * W), k, dice + i + j * W);
+      const Ints drawn = Stochastic ? draw(dice, i + j * W) : Ints{};
+      codes[j] = (N::Ints)codes_of<F, Stochastic>(load(x + i + j * W), k, drawn);
     }
     uint8_t* to = out + code_bytes(F, i);
-    if constexpr (F == kInt4 || F == kUint4) {
-      N::store4(to, codes);
-    } else if constexpr (F == kE3m2) {
-      N::store6(to, codes);
-    } else if constexpr (F == kE4m7) {
-      N::store12(to, codes);
-    } else {
-      N::template store8<F == kInt8>(to, codes);
-    }
+    if constexpr (F == kInt4) N::template store4<-7, 7>(to, codes);
+    if constexpr (F == kUint4) N::template store4<0, 15>(to, codes);
+    if constexpr (F == kE3m2) N::store6(to, codes);
+    if constexpr (F == kE4m7) N::store12(to, codes);
+    if constexpr (F == kInt8) N::template store8<-127, 127>(to, codes);
+    if constexpr (F == kUint8 || F == kE4m3 || F == kE5m2) N::template store8<0, 255>(to, codes);
   }
 }
 

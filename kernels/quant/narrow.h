@@ -1,7 +1,8 @@
 // Between lanes of 32 bits and packed codes of 4, 6, 8 and 12 bits, the lowest bits first: shuffles, which compilers do
 // not find by themselves. One struct per instruction set; the primary template is the definition.
 //
-// W is the number of lanes. `storeN` takes four vectors, in order; `loadN` gives one.
+// W is the number of lanes. `storeN` takes four vectors, in order; `loadN` gives one. `round` is to nearest even. Integers are
+// held within [Low, High] while they are stored, when they are short: rounding by chance may carry them a step beyond.
 #pragma once
 #include "vector.h"
 
@@ -13,15 +14,28 @@ struct Narrow {
   typedef int32_t Ints __attribute__((vector_size(16)));
   typedef float Floats __attribute__((vector_size(16)));
 
-  // Adding 1.5 * 2^23 rounds to nearest even and leaves the integer in the low bits.
-  static inline Ints round(Floats x) { return (Ints)(x + 12582912.0f) - 0x4b400000; }
-
-  template <bool Signed>
-  static inline void store8(uint8_t* out, const Ints* x) {
-    for (int i = 0; i < 4 * W; ++i) out[i] = static_cast<uint8_t>(at(x, i));
+  static inline Ints round(Floats x) {
+#if defined(__x86_64__)
+    return (Ints)_mm_cvtps_epi32((__m128)x);
+#elif defined(__aarch64__)
+    return (Ints)vcvtnq_s32_f32((float32x4_t)x);
+#else
+    Ints out;
+    for (int i = 0; i < W; ++i) out[i] = static_cast<int32_t>(__builtin_lrintf(x[i]));
+    return out;
+#endif
   }
+
+  template <int Low, int High>
+  static inline void store8(uint8_t* out, const Ints* x) {
+    for (int i = 0; i < 4 * W; ++i) out[i] = static_cast<uint8_t>(held<Low, High>(at(x, i)));
+  }
+  template <int Low, int High>
   static inline void store4(uint8_t* out, const Ints* x) {
-    for (int i = 0; i < 2 * W; ++i) out[i] = static_cast<uint8_t>((at(x, 2 * i) & 15) | (at(x, 2 * i + 1) & 15) << 4);
+    for (int i = 0; i < 2 * W; ++i) {
+      const int32_t low = held<Low, High>(at(x, 2 * i)), high = held<Low, High>(at(x, 2 * i + 1));
+      out[i] = static_cast<uint8_t>((low & 15) | (high & 15) << 4);
+    }
   }
   static inline void store6(uint8_t* out, const Ints* x) {
     for (int i = 0; i < W; ++i) {
@@ -53,6 +67,10 @@ struct Narrow {
 
  private:
   static inline int32_t at(const Ints* x, int i) { return x[i / W][i % W]; }
+  template <int Low, int High>
+  static inline int32_t held(int32_t x) {
+    return x < Low ? Low : x > High ? High : x;
+  }
 };
 
 #if defined(__x86_64__)
@@ -84,18 +102,23 @@ struct Narrow<Avx2> {
   DS_AVX2 static inline Ints both(Ints x, Ints low, int shift, Ints high) {
     return _mm256_or_si256(_mm256_and_si256(x, low), _mm256_and_si256(_mm256_srli_epi32(x, shift), high));
   }
-  template <bool Signed>
+  template <int Low, int High>  // packing has stopped them at -128 and 127, or 0 and 255
   DS_AVX2 static inline void store8(uint8_t* out, const Ints* x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bytes<Signed>(x));
+    const Ints codes = bytes<(Low < 0)>(x);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), Low < 0 ? _mm256_max_epi8(codes, _mm256_set1_epi8(Low)) : codes);
   }
+  template <int Low, int High>
   DS_AVX2 static inline void store4(uint8_t* out, const Ints* x) {
-    const Ints pairs = both(bytes<true>(x), _mm256_set1_epi16(0x0f), 4, _mm256_set1_epi16(0xf0));
+    Ints codes = _mm256_min_epi8(bytes<true>(x), _mm256_set1_epi8(High));
+    if (Low < 0) codes = _mm256_max_epi8(codes, _mm256_set1_epi8(Low));
+    codes = _mm256_and_si256(codes, _mm256_set1_epi8(15));
+    const Ints pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi16(0x1001));  // low + 16 high
     const Ints packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(packed));
   }
   DS_AVX2 static inline void store6(uint8_t* out, const Ints* x) {
-    const Ints pairs = both(bytes<false>(x), _mm256_set1_epi16(0x3f), 2, _mm256_set1_epi16(0xfc0));
-    store24(out, both(pairs, _mm256_set1_epi32(0xfff), 4, _mm256_set1_epi32(0xfff000)));
+    const Ints pairs = _mm256_maddubs_epi16(bytes<false>(x), _mm256_set1_epi16(0x4001));  // low + 64 high
+    store24(out, _mm256_madd_epi16(pairs, _mm256_set1_epi32(0x10000001)));                // low + 4096 high
   }
   DS_AVX2 static inline void store12(uint8_t* out, const Ints* x) {
     for (int i = 0; i < 4; i += 2) {
@@ -169,17 +192,22 @@ struct Narrow<Avx512> {
     const __m128i by = _mm_cvtsi32_si128(shift);
     return _mm512_or_si512(_mm512_and_si512(x, low), _mm512_and_si512(_mm512_srl_epi32(x, by), high));
   }
-  template <bool Signed>
+  template <int Low, int High>  // packing has stopped them at -128 and 127, or 0 and 255
   DS_AVX512 static inline void store8(uint8_t* out, const Ints* x) {
-    _mm512_storeu_si512(out, bytes<Signed>(x));
+    const Ints codes = bytes<(Low < 0)>(x);
+    _mm512_storeu_si512(out, Low < 0 ? _mm512_max_epi8(codes, _mm512_set1_epi8(Low)) : codes);
   }
+  template <int Low, int High>
   DS_AVX512 static inline void store4(uint8_t* out, const Ints* x) {
-    const Ints pairs = both(bytes<true>(x), _mm512_set1_epi16(0x0f), 4, _mm512_set1_epi16(0xf0));
+    Ints codes = _mm512_min_epi8(bytes<true>(x), _mm512_set1_epi8(High));
+    if (Low < 0) codes = _mm512_max_epi8(codes, _mm512_set1_epi8(Low));
+    codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
+    const Ints pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x1001));  // low + 16 high
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(pairs));
   }
   DS_AVX512 static inline void store6(uint8_t* out, const Ints* x) {
-    const Ints pairs = both(bytes<false>(x), _mm512_set1_epi16(0x3f), 2, _mm512_set1_epi16(0xfc0));
-    store24(out, both(pairs, _mm512_set1_epi32(0xfff), 4, _mm512_set1_epi32(0xfff000)));
+    const Ints pairs = _mm512_maddubs_epi16(bytes<false>(x), _mm512_set1_epi16(0x4001));  // low + 64 high
+    store24(out, _mm512_madd_epi16(pairs, _mm512_set1_epi32(0x10000001)));                // low + 4096 high
   }
   DS_AVX512 static inline void store12(uint8_t* out, const Ints* x) {
     const Ints order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);

@@ -43,9 +43,9 @@ static inline int64_t code_bytes(int format, int64_t numel) {
 
 static inline int64_t value_bytes(int dtype) { return dtype == kFloat ? 4 : 2; }
 
-// A bijection of 32 bits in which every bit of the input moves half of the output's; `key` enters between its two rounds.
-static inline uint32_t mix(uint32_t x, uint32_t key = 0) {
-  x = ((x ^ (x >> 16)) * 0x7feb352du) ^ key;
+// A bijection of 32 bits in which every bit of the input moves half of the output's.
+static inline uint32_t mix(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);
 }

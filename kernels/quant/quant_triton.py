@@ -21,25 +21,37 @@ TILE = 1024  # elements of a program, unless a block is longer
 
 
 @triton.jit
-def _mix(value, key):
+def _last_product(value, key):
     value = ((value ^ (value >> 16)) * 0x7FEB352D) ^ key
-    value = (value ^ (value >> 15)) * 0x846CA68B
+    return (value ^ (value >> 15)) * 0x846CA68B
+
+
+@triton.jit
+def _mix(value):
+    value = _last_product(value, value * 0)
     return value ^ (value >> 16)
 
 
 @triton.jit
-def _dither(number, seed, at):
-    """Uniform over the midpoints of 2^16 parts of (-1/2, 1/2), for block `number` and elements `at` of it."""
-    zero = (number * 0).to(tl.uint32)
+def _draws(number, seed, at):
+    """16 bits for elements `at` of block `number`; see [Note: draws] in encode_loop.h."""
     seed = number * 0 + seed  # 64 bits wide, whatever the launch made of it
-    key = _mix((number >> 32).to(tl.uint32) ^ 0x9E3779B9, zero)
-    key = _mix(key ^ number.to(tl.uint32), zero)
-    key = _mix(key ^ (seed >> 32).to(tl.uint32), zero)
-    key = _mix(key ^ seed.to(tl.uint32), zero)
-    second = _mix(key + 0x9E3779B9, zero)
-    mixed = _mix((at // 2).to(tl.uint32) + key, second)
-    drawn = (mixed >> ((at % 2) * 16).to(tl.uint32)) & 0xFFFF
-    return drawn.to(tl.float32) * 0.0000152587890625 + (0.00000762939453125 - 0.5)
+    key = _mix((number >> 32).to(tl.uint32) ^ 0x9E3779B9)
+    key = _mix(key ^ number.to(tl.uint32))
+    key = _mix(key ^ (seed >> 32).to(tl.uint32))
+    key = _mix(key ^ seed.to(tl.uint32))
+    second = _mix(key + 0x9E3779B9)
+    place = (at // 64 * 16 + at % 16).to(tl.uint32)
+    half = (_last_product(place + key, second) >> (at // 16 % 2 * 16).to(tl.uint32)) & 0xFFFF
+    return tl.where(at // 32 % 2 == 0, half, (half * 40503) & 0xFFFF).to(tl.int32)
+
+
+@triton.jit
+def _to_nearest(x):
+    """An integer, ties to even, for magnitudes up to 2^24."""
+    whole = tl.floor(x)
+    number, rest = whole.to(tl.int32), x - whole
+    return number + ((rest > 0.5) | ((rest == 0.5) & (number % 2 != 0))).to(tl.int32)
 
 
 @triton.jit
@@ -68,9 +80,13 @@ def _encode(x, valid, number, seed, at, TOP: tl.constexpr, ASYMMETRIC: tl.conste
         if ASYMMETRIC:
             scaled = (x - zero[:, None, None]) * inverse
         if STOCHASTIC:
-            lowest = 0.0 if ASYMMETRIC else -TOP
-            scaled = tl.minimum(tl.maximum(scaled, lowest), TOP) + _dither(number, seed, at)
-        code = (scaled + 12582912.0).to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
+            most: tl.constexpr = (1 << BITS) - 1 if ASYMMETRIC else (1 << (BITS - 1)) - 1
+            least: tl.constexpr = 0 if ASYMMETRIC else -most
+            parts = tl.where(fits[:, None, None], scaled * 65536.0, 0.0)
+            code = (_to_nearest(parts) + _draws(number, seed, at)) >> 16
+            code = tl.minimum(tl.maximum(code, least), most) & ((1 << BITS) - 1)
+        else:
+            code = (scaled + 12582912.0).to(tl.int32, bitcast=True) & ((1 << BITS) - 1)
     code = tl.where(fits[:, None, None] & valid, code, 0)
     return code, tl.where(fits, scale, float("nan")), tl.where(fits, zero, float("nan"))
 

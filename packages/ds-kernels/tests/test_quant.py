@@ -97,8 +97,32 @@ def test_draws_of_neighbours_blocks_and_seeds_are_independent() -> None:
     most = 5 / math.sqrt(n - 1024)
     assert abs(one.mean()) < most
     assert abs((one * other).mean()) < most
-    assert abs((one[:, 1:] * one[:, :-1]).mean()) < most
     assert abs((one[1:] * one[:-1]).mean()) < most
+    for lag in (1, 2, 8, 16, 32, 48, 64, 128):  # halves of one hash are 16 apart, their multiples 32
+        assert abs((one[:, lag:] * one[:, :-lag]).mean()) < 5 / math.sqrt(n * (1 - lag / 1024) - 1024), lag
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.1, 0.013])
+def test_draws_of_a_group_are_independent_two_by_two(fraction: float) -> None:
+    """All 2016 pairs of 64 elements, of which some share a hash: correlations below 5 / sqrt(n).
+
+    Rounded up is what exceeds a fraction: pairs of events of many sizes, not of signs alone. A pair stays
+    within 5 deviations with probability 1 - 5.7e-7 under independence. And the number that is rounded up in a
+    group has the variance of 63 free draws, as far as n groups show it: to sqrt((2 + excess kurtosis) / n).
+    """
+    n = 1 << 15
+    x = torch.full((n, 65), 0.0)
+    x[:, 1:] = fraction
+    x[:, 0] = 7.0  # scale 1; the element itself is always exact
+    blocks = quantize_blocks(x[:, :64].contiguous(), format="int4", block=64, rounding="stochastic", seed=5)
+    up = dequantize_blocks(blocks)[:, 1:].double()
+    assert set(up.unique().tolist()) == {0.0, 1.0}
+    errors = up - fraction
+    together = torch.corrcoef(errors.T).fill_diagonal_(0)
+    assert together.abs().max() < 5 / math.sqrt(n)
+    each = fraction * (1 - fraction)
+    variance, excess = errors.sum(1).square().mean() / (63 * each), (1 - 6 * each) / (63 * each)
+    assert abs(variance - 1) < 5 * math.sqrt((2 + excess) / n)
 
 
 def test_bits_do_not_depend_on_threads_or_on_how_a_tensor_is_cut() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import NoReturn
 
 import torch
@@ -48,9 +48,13 @@ def tensor(
         wanted.append("strided")
     if dims is not None and value.dim() < dims:
         wanted.append(f"at least {dims} dimensions")
-    if shape is not None and (
-        value.dim() != len(shape)
-        or any(want not in (None, have) for have, want in zip(value.shape, shape, strict=True))
+    if (
+        shape is not None
+        and value.shape != tuple(shape)
+        and (  # mostly equal, and then nothing else to see
+            value.dim() != len(shape)
+            or any(want not in (None, have) for have, want in zip(value.shape, shape, strict=True))
+        )
     ):
         wanted.append(f"shape ({', '.join('any' if n is None else str(n) for n in shape)})")
     if numel is not None and value.numel() != numel:
@@ -74,6 +78,8 @@ def apart(op: str, tensors: dict[str, Tensor | None], read: Iterable[str] = ()) 
     only_read = set(read)
     spans = [(*_span(t), name, t) for name, t in tensors.items() if t is not None and t.numel()]
     spans.sort(key=lambda span: span[:3])
+    if all(one[1] <= other[0] for one, other in pairwise(spans)):
+        return
     for (begin_one, end, one, first), (begin, _, other, second) in combinations(spans, 2):
         if (
             begin < end
@@ -93,5 +99,8 @@ def _side_by_side(distance: int, first: Tensor, second: Tensor) -> bool:
 
 
 def _span(value: Tensor) -> tuple[int, int]:
+    if value.is_contiguous():
+        begin = value.data_ptr()
+        return begin, begin + value.numel() * value.element_size()
     last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     return value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ds_kernels.native import DTYPES
+from ds_kernels.ops.optim.repeat import Gathered, Repeat, intercepted
 from ds_kernels.ops.optim.rules import Hyper
 from ds_kernels.ops.optim.step import StepLists, optim_step_, undo_step_
 from ds_kernels.registry import load
@@ -24,11 +25,21 @@ _TORCH_SWITCHES = ("foreach", "capturable", "differentiable", "fused", "amsgrad"
 class Slot(NamedTuple):
     """One parameter in one step; a `fresh` one has not been stepped before."""
 
+    place: int  # among the parameters of its group that have a gradient
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
     copy: Tensor | None
     fresh: bool
+
+
+class Batch(NamedTuple):
+    """What one step of a group leaves for the next: see [Note: a repeated step] in ops/optim/repeat.py."""
+
+    places: list[int]  # of its slots
+    repeat: Repeat
+    counts: Tensor  # of steps made: one tensor, and each `state["step"]` is a view of an element
+    addresses: list[int]  # of these views
 
 
 class FusedOptimizer(Optimizer):
@@ -64,6 +75,7 @@ class FusedOptimizer(Optimizer):
         self.copy_out, self.low_precision_grads = {}, {}
         self._kept: dict[Tensor, list[Tensor]] = {}
         self._stepped: list[Slot] = []
+        self._batched: dict[int, list[Batch]] = {}
         for device in {p.device for group in self.param_groups for p in group["params"]}:
             load("optim", device)
 
@@ -111,20 +123,27 @@ class FusedOptimizer(Optimizer):
         if self.found_inf is not None and float(self.found_inf):
             return loss
         coef, one = self._grad_coef(), torch.tensor(1.0)  # a tensor: adding the number wraps it once per step
-        for group in self.param_groups:
-            hyper = self._hyper(group)
-            for slots in self._batches(group):
-                steps = [slot.state["step"] for slot in slots] if self._counts else []
-                counted = [int(step.item()) + 1 for step in steps] or [
-                    1 if slot.fresh else 2 for slot in slots
-                ]
-                self._run(slots, counted, hyper, {"grad_coef": coef, "seed": group["seed"]})
-                if steps:
-                    torch._foreach_add_(steps, one, alpha=1.0)
-                self._stepped += slots if self.keep_undo else ()
+        past_dispatcher = not intercepted()
+        for number, group in enumerate(self.param_groups):
+            hyper, more = self._hyper(group), {"grad_coef": coef, "seed": group["seed"]}
+            if not (past_dispatcher and self._step_again(number, group, hyper, more)):
+                self._batched.pop(number, None)
+                batches = self._batches(group)
+                for slots in batches:
+                    self._step_batch(slots, hyper, more, one)
+                if past_dispatcher and not self.keep_undo:
+                    self._batched[number] = self._leave(batches, hyper)
             if group["seed"] is not None:
                 group["seed"] += 1
         return loss
+
+    def _step_batch(self, slots: list[Slot], hyper: Hyper, more: dict[str, Any], one: Tensor) -> None:
+        steps = [slot.state["step"] for slot in slots] if self._counts else []
+        counted = [int(step.item()) + 1 for step in steps] or [1 if slot.fresh else 2 for slot in slots]
+        self._run(slots, counted, hyper, more)
+        if steps:
+            torch._foreach_add_(steps, one, alpha=1.0)
+        self._stepped += slots if self.keep_undo else ()
 
     def _run(self, slots: list[Slot], steps: list[int], hyper: Hyper, more: dict[str, Any]) -> None:
         used = self._states[: len(hyper.used())]
@@ -144,12 +163,7 @@ class FusedOptimizer(Optimizer):
         batches: dict[tuple[object, ...], list[Slot]] = {}
         last: tuple[object, ...] = ()
         batch: list[Slot] = []
-        for param in group["params"]:
-            grad = self.low_precision_grads.get(param) if self.low_precision_grads else None
-            if grad is None:
-                grad = param.grad
-            if grad is None:
-                continue
+        for place, (param, grad) in enumerate(zip(*self._with_gradient(group["params"]), strict=True)):
             if grad.is_sparse:
                 raise ValueError(
                     f"{type(self).__name__}: the gradient of a parameter {tuple(param.shape)} is sparse; "
@@ -166,8 +180,75 @@ class FusedOptimizer(Optimizer):
             key = (param.device, param.dtype, grad.dtype, out, *kinds)
             if key != last:  # mostly it is not: comparing is cheaper than hashing
                 last, batch = key, batches.setdefault(key, [])
-            batch.append(Slot(param, grad, state, copy, fresh))
+            batch.append(Slot(place, param, grad, state, copy, fresh))
         return list(batches.values())
+
+    def _with_gradient(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that have a gradient, and the gradients to use."""
+        grads = [param.grad for param in params]
+        if self.low_precision_grads:
+            low = map(self.low_precision_grads.get, params)
+            grads = [grad if other is None else other for other, grad in zip(low, grads, strict=True)]
+        if type(None) in set(map(type, grads)):
+            params = [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+        return params, [grad for grad in grads if grad is not None]
+
+    # -- the same step again -------------------------------------------------------------------------------
+
+    def _step_again(self, number: int, group: dict[str, Any], hyper: Hyper, more: dict[str, Any]) -> bool:
+        """Step a group of which only values and gradients have changed; else False, and nothing is done."""
+        batched = self._batched.get(number, ())
+        if not batched or self.keep_undo:
+            return False
+        params, grads = self._with_gradient(group["params"])
+        if len(params) != sum(len(batch.places) for batch in batched):
+            return False
+        found = []
+        for batch in batched:
+            whole = len(batched) == 1
+            mine = params if whole else [params[i] for i in batch.places]
+            theirs = grads if whole else [grads[i] for i in batch.places]
+            states = [self.state[param] for param in mine]
+            try:
+                ready = batch.repeat.ready(hyper, self._gathered(mine, theirs, states, hyper))
+                counts = [state["step"].data_ptr() for state in states] if self._counts else []
+            except (AttributeError, KeyError, RuntimeError, TypeError):  # a state may hold anything by now
+                return False
+            if ready is None or counts != batch.addresses:
+                return False
+            found.append(ready)
+        for batch, ready in zip(batched, found, strict=True):
+            counted = [int(count) + 1 for count in batch.counts.tolist()]
+            ready.run(counted or [2] * len(batch.places), more["grad_coef"], more["seed"])
+            batch.counts.add_(1.0)
+        return True
+
+    def _leave(self, batches: list[list[Slot]], hyper: Hyper) -> list[Batch]:
+        """What makes the next step of these cheap, if all of them can have it."""
+        left = []
+        for slots in batches:
+            states = [slot.state for slot in slots]
+            grads = [slot.grad for slot in slots]
+            repeat = Repeat.of(hyper, self._gathered([slot.param for slot in slots], grads, states, hyper))
+            if repeat is None:
+                return []
+            made = [float(state["step"]) for state in states] if self._counts else []
+            counts = torch.tensor(made, dtype=torch.float32, device="cpu")
+            views = list(counts.unbind())
+            for state, view in zip(states, views, strict=self._counts):
+                state["step"] = view
+            left.append(
+                Batch([slot.place for slot in slots], repeat, counts, [view.data_ptr() for view in views])
+            )
+        return left
+
+    def _gathered(
+        self, params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], hyper: Hyper
+    ) -> Gathered:
+        copies = map(self.copy_out.get, params) if self.copy_out else ()
+        used = self._states[: len(hyper.used())]
+        parts = [[state[name] for state in states] for name in used]
+        return Gathered(params, grads, parts, [copy for copy in copies if copy is not None])
 
     def _grad_coef(self) -> Tensor | None:
         """clip_coef / grad_scale as one number; None for 1. On a GPU it stays there: nothing waits."""
@@ -238,6 +319,7 @@ class FusedOptimizer(Optimizer):
         ):  # no part of the state: copies start without
             self.__dict__.setdefault(name, {})
         self.__dict__.setdefault("_stepped", [])
+        self._batched = {}
         for group in self.param_groups:
             for name in _TORCH_SWITCHES:
                 group.pop(name, None)

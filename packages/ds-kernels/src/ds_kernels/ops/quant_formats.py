@@ -126,10 +126,12 @@ def _ranges(wide: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 def _integer_codes(scaled: Tensor, form: Format, how: Rounding) -> Tensor:
-    if how.stochastic:
-        lowest = 0 if form.asymmetric else -form.top
-        scaled = scaled.clamp(lowest, form.top) + _dither(scaled, how)
-    return scaled.nan_to_num(0.0, 0.0, 0.0).round().to(torch.int32) & ((1 << form.bits) - 1)
+    if how.stochastic:  # in parts of 2^-16 of a step; a draw of 16 bits is added before these are cut off
+        parts = (scaled * 65536.0).nan_to_num(0.0, 0.0, 0.0).round().to(torch.int64)
+        codes = ((parts + _draws(scaled, how)) >> 16).clamp(0 if form.asymmetric else -form.top, form.top)
+    else:
+        codes = scaled.nan_to_num(0.0, 0.0, 0.0).round()
+    return codes.to(torch.int32) & ((1 << form.bits) - 1)
 
 
 def _integer_values(codes: Tensor, form: Format) -> Tensor:
@@ -164,10 +166,11 @@ def _float_values(codes: Tensor, form: Format) -> Tensor:
     return torch.where(codes >> (form.bits - 1) != 0, -values, values)
 
 
-def _dither(like: Tensor, how: Rounding) -> Tensor:
-    """Uniform over the 2^16 midpoints in (-1/2, 1/2): what rounding to nearest needs to be unbiased.
+def _draws(like: Tensor, how: Rounding) -> Tensor:
+    """Integers that are uniform over 16 bits, one for each element [rows, blocks, block].
 
-    A hash of seed, block and element (two rounds of xor-shift-multiply), one for each pair of elements.
+    16 hashes (two rounds of xor-shift-multiply) of seed, block and place serve 64 elements: their lower
+    halves, their upper halves, and 40503 = 2^16 / 1.618 times each of both, modulo 2^16.
     """
     rows, blocks, block = like.shape
     number = torch.arange(rows * blocks, device=like.device).view(rows, blocks, 1) + how.first_block
@@ -176,16 +179,22 @@ def _dither(like: Tensor, how: Rounding) -> Tensor:
     key = _mix(key ^ (how.seed >> 32))
     key = _mix(key ^ (how.seed & _MASK))
     second = _mix(key + 0x9E3779B9)
-    pair = torch.arange(-(-block // 2), device=like.device) + key & _MASK
-    mixed = _mix(pair, second)
-    both = torch.stack([mixed & 0xFFFF, mixed >> 16], dim=-1).flatten(-2)[..., :block]
-    return both.to(torch.float32) * 2.0**-16 + (2.0**-17 - 0.5)
+    place = torch.arange(-(-block // 64) * 16, device=like.device) + key & _MASK
+    hashes = _last_product(place, second).unflatten(-1, (-1, 16))
+    halves = torch.stack([hashes & 0xFFFF, hashes >> 16], dim=-2)
+    drawn = torch.stack([halves, halves * 40503 & 0xFFFF], dim=-3)
+    return drawn.flatten(-4)[..., :block]
 
 
-def _mix(value: Tensor, key: Tensor | int = 0) -> Tensor:
+def _mix(value: Tensor) -> Tensor:
     """A bijection of 32 bits in which every bit of the input moves half of the output's."""
+    value = _last_product(value, 0)
+    return value ^ (value >> 16)
+
+
+def _last_product(value: Tensor, key: Tensor | int) -> Tensor:
+    """The same without its last step, and with `key` entering between its two rounds."""
     value = value & _MASK
     value = ((value ^ (value >> 16)) * 0x7FEB352D) & _MASK
     value = value ^ key
-    value = ((value ^ (value >> 15)) * 0x846CA68B) & _MASK
-    return value ^ (value >> 16)
+    return ((value ^ (value >> 15)) * 0x846CA68B) & _MASK

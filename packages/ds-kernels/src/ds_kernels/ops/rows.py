@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def read_rows(value: Tensor) -> Tensor:
-    """A view if the layout allows it, else a copy."""
+    """A view if the layout allows it, else a copy; what is rows already, itself."""
+    if value.dim() == 2 and value.stride(1) == 1:
+        return value
     rows = value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 

@@ -6,7 +6,7 @@ import ctypes
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,25 +56,49 @@ class Call:
     def kinds(self) -> list[int]:
         """The dtypes as `Kinds` of optim.h has them."""
         lists = self.lists
-        states = [code(part[0].dtype) for part in lists.states]
-        states += [0] * (MAX_STATES - len(states))
         copy = lists.copies[0].dtype if lists.copies else None
-        return [code(lists.params[0].dtype), code(lists.grads[0].dtype), *states, code(copy)]
+        states = [part[0].dtype for part in lists.states]
+        return kinds_of(lists.params[0].dtype, lists.grads[0].dtype, states, copy)
 
     def constants(self) -> list[float]:
         """The rule's numbers, as many as the loop has room for."""
-        found = self.hyper.constants()
-        return [*found, *(0.0 for _ in range(CONSTANTS - len(found)))]
+        return constants_of(self.hyper)
 
     def scales(self) -> array[float]:
         """Two numbers for each tensor."""
-        found = {step: self.hyper.scales(step) for step in set(self.lists.steps)}
-        return array("f", [number for step in self.lists.steps for number in found[step]])
+        return scales_of(self.hyper, self.lists.steps)
 
     def all_seeds(self) -> list[int]:
         """One for the parameters and one for every state list that there could be."""
-        found = seeds(self.hyper.op, self.seed, len(self.lists.states))
-        return [*found, *(0 for _ in range(1 + MAX_STATES - len(found)))]
+        return seeds_of(self.hyper, self.seed, len(self.lists.states))
+
+
+def kinds_of(
+    param: torch.dtype, grad: torch.dtype, states: Sequence[torch.dtype], copy: torch.dtype | None
+) -> list[int]:
+    """The dtypes as `Kinds` of optim.h has them."""
+    kept = [code(state) for state in states] + [0] * (MAX_STATES - len(states))
+    return [code(param), code(grad), *kept, code(copy)]
+
+
+def constants_of(hyper: Hyper) -> list[float]:
+    """The rule's numbers, as many as the loop has room for."""
+    found = hyper.constants()
+    return [*found, *(0.0 for _ in range(CONSTANTS - len(found)))]
+
+
+def scales_of(hyper: Hyper, steps: Sequence[int]) -> array[float]:
+    """Two numbers for each tensor, of its step."""
+    found = {step: hyper.scales(step) for step in set(steps)}
+    if len(found) == 1:
+        return array("f", *found.values()) * len(steps)
+    return array("f", [number for step in steps for number in found[step]])
+
+
+def seeds_of(hyper: Hyper, seed: int | None, states: int) -> list[int]:
+    """One for the parameters and one for every state list that there could be. Raises ValueError."""
+    found = seeds(hyper.op, seed, states)
+    return [*found, *(0 for _ in range(1 + MAX_STATES - len(found)))]
 
 
 # -- the reference -----------------------------------------------------------------------------------------
@@ -178,15 +202,72 @@ class _Call(ctypes.Structure):
     )
 
 
-def make_native(rule: type[Hyper]) -> Callable[[Native], Callable[..., None]]:
-    """The op over the family's library, for CPU tensors.
+class Part(NamedTuple):
+    """One list of tensors as the library gets it."""
 
-    The lists are one call, split into cache-sized chunks over torch.get_num_threads() threads, without the
-    interpreter's lock.
-    """
+    addresses: array[int]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> Part:
+        return cls(pointers(tensors), tensors[0].dtype)
+
+
+class Parts(NamedTuple):
+    """The lists of a step that one index walks; of copies and `saved` there may be none."""
+
+    numels: array[int]
+    params: Part
+    grads: Part
+    states: list[Part]
+    copies: Part | None = None
+    saved: Sequence[array[int]] = ()
+
+    def kinds(self) -> list[int]:
+        """The dtypes as `Kinds` of optim.h has them."""
+        copy = None if self.copies is None else self.copies.dtype
+        return kinds_of(self.params.dtype, self.grads.dtype, [part.dtype for part in self.states], copy)
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """ds_optim_step of a family's library, under one instruction set."""
+
+    function: Callable[..., None]
+    isa: int
+
+    @classmethod
+    def of(cls, library: Native) -> Stepper:
+        return cls(library.function("ds_optim_step", ctypes.POINTER(_Call)), library.isa_code)
+
+    def run(
+        self, parts: Parts, hyper: Hyper, steps: Sequence[int], grad_coef: Tensor | None, seed: int | None
+    ) -> None:
+        """One call for all, without the interpreter's lock; what is passed has been checked.
+
+        It is split into cache-sized chunks over torch.get_num_threads() threads.
+        """
+        numels, params, grads, states, copies, saved = parts
+        scales, drawn = scales_of(hyper, steps), seeds_of(hyper, seed, len(states))
+        coef = 1.0 if grad_coef is None else float(grad_coef)
+        self.function(
+            _Call(
+                len(steps), address(params.addresses), address(grads.addresses),
+                STATES(*(address(part.addresses) for part in states)),
+                None if copies is None else address(copies.addresses),
+                (ctypes.c_void_p * (1 + MAX_STATES))(*map(address, saved)),
+                address(numels), address(scales), -coef if hyper.maximize else coef,
+                (ctypes.c_float * CONSTANTS)(*constants_of(hyper)), SEEDS(*drawn), KINDS(*parts.kinds()),
+                hyper.code, hyper.flags, seed is not None, self.isa, torch.get_num_threads(),
+            )
+        )  # fmt: skip
+
+
+def make_native(rule: type[Hyper]) -> Callable[[Native], Callable[..., None]]:
+    """The op over the family's library, for CPU tensors."""
 
     def make(library: Native) -> Callable[..., None]:
-        run = library.function("ds_optim_step", ctypes.POINTER(_Call))
+        stepper = Stepper.of(library)
 
         def native(*args: Any, **settings: Any) -> None:
             call = Call.of(rule, args, settings)
@@ -195,30 +276,27 @@ def make_native(rule: type[Hyper]) -> Callable[[Native], Callable[..., None]]:
                 call.lists.check_apart()
                 run_reference(Call(rest, call.hyper, call.grad_coef, call.seed))
             if flat.params:
-                _run_native(run, Call(flat, call.hyper, call.grad_coef, call.seed), library.isa_code)
+                _run_native(stepper, Call(flat, call.hyper, call.grad_coef, call.seed))
 
         return native
 
     return make
 
 
-def _run_native(run: Callable[..., None], call: Call, isa: int) -> None:
-    lists, hyper = call.lists, call.hyper
-    params, grads = pointers(lists.params), pointers(lists.grads)
-    states, saved = [pointers(part) for part in lists.states], [pointers(part) for part in lists.saved]
-    copies = pointers(lists.copies) if lists.copies else None
-    lists.check_apart([params, *states, *([copies] if copies else []), *saved])
-    numels, scales = array("q", [t.numel() for t in lists.params]), call.scales()
-    coef = 1.0 if call.grad_coef is None else float(call.grad_coef)
-    run(
-        _Call(
-            len(lists.steps), address(params), address(grads), STATES(*map(address, states)), address(copies),
-            (ctypes.c_void_p * (1 + MAX_STATES))(*map(address, saved)), address(numels), address(scales),
-            -coef if hyper.maximize else coef, (ctypes.c_float * CONSTANTS)(*call.constants()),
-            SEEDS(*call.all_seeds()), KINDS(*call.kinds()),
-            hyper.code, hyper.flags, call.seed is not None, isa, torch.get_num_threads(),
-        )
-    )  # fmt: skip
+def _run_native(stepper: Stepper, call: Call) -> None:
+    lists = call.lists
+    parts = Parts(
+        array("q", [t.numel() for t in lists.params]),
+        Part.of(lists.params),
+        Part.of(lists.grads),
+        [Part.of(part) for part in lists.states],
+        Part.of(lists.copies) if lists.copies else None,
+        [pointers(part) for part in lists.saved],
+    )
+    copies = [parts.copies.addresses] if parts.copies else []
+    states = [part.addresses for part in parts.states]
+    lists.check_apart([parts.params.addresses, *states, *copies, *parts.saved])
+    stepper.run(parts, call.hyper, lists.steps, call.grad_coef, call.seed)
     written([t for part in lists.written() for t in part])
 
 
