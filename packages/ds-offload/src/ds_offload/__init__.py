@@ -10,6 +10,8 @@ _HOME: dict[str, str] = {
     "Tiered": "ds_offload.policy",
     "TieredStore": "ds_offload.store",
     "Volume": "ds_offload.volume",
+    "park": "ds_offload.parking",
+    "unpark": "ds_offload.parking",
 }
 
 __all__ = ["__version__", *_HOME]

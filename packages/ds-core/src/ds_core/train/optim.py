@@ -212,6 +212,7 @@ class ShardedOptimizer(SavedOptimizer):
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """With a closure gradients come in the middle of the step: they are shown when it returns."""
+        self.owner.parked.need("a step", "param", "grad", "master", "moment")
         if not self._missed_said:
             self._missed_said = True
             _warn_of_missed(self.owner)
