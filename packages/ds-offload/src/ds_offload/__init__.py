@@ -20,6 +20,8 @@ _HOME: dict[str, str] = {
     "plan_binding": "ds_offload.binding",
     "predict_step": "ds_offload.measure",
     "predict_update": "ds_offload.measure",
+    "park": "ds_offload.parking",
+    "unpark": "ds_offload.parking",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -113,6 +113,10 @@ class Gatherer:
         self._secondary[id(unit)].copy_(part)
         self._kept[id(unit)] = edition
 
+    def second_shards(self) -> list[Tensor]:
+        """What is kept for gathers inside the node."""
+        return list(self._secondary.values())
+
     def acquire(self, unit: FlatUnit) -> None:
         """The unit is whole and current afterwards."""
         self.launch(unit)

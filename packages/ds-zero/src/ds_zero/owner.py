@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_core.ground.accelerator import return_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
@@ -170,6 +170,12 @@ class ZeroOwner(FlatOwner):
         self.uses.end_of_backward()  # a graph that no backward went through holds old weights
         super().publish(wait=wait, copied=copied)
 
+    def copies(self) -> Sequence[Tensor]:
+        return self.gatherer.second_shards()
+
+    def let_whole_go(self) -> None:
+        self.uses.end_of_backward()
+
     def publish_unit(self, unit: FlatUnit) -> None:
         """Whole copies are old now: gather those that stay, forget the others."""
         if not unit.keep_whole and not unit.pinned:
@@ -183,6 +189,7 @@ class ZeroOwner(FlatOwner):
     @contextlib.contextmanager
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:
         """Parameters of `units` are whole and current inside. Collective at stage 3."""
+        self.parked.need("reading or writing parameters", "param")
         stay = {id(unit) for unit in units if unit.state is Whole.READY}  # in the middle of a forward
         self.gatherer.acquire_all(units)
         for unit in units:

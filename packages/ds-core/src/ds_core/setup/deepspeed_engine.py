@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from ds_core.setup import deepspeed_checkpoint
+from ds_core.setup.deepspeed_states import PhasedEngine
 from ds_core.setup.plan import LossScale, Plan
 from ds_core.setup.progress import Progress
 from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import Json, Saveable
-from ds_core.train.engine import Engine, Scheduler, Sink, StepReport
+from ds_core.train.engine import Scheduler, Sink, StepReport
 from ds_core.train.optim import ShardedOptimizer
 from ds_core.train.sampler import ResumableLoader
 from ds_core.train.scale import DynamicScale, LossScaler, StaticScale
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(PhasedEngine):
     """Engine, with what DeepSpeed scripts expect of the object that `initialize` returns.
 
     Attributes that are not the engine's are the model's: `parameters()`, `train()`, `config`... `backward`

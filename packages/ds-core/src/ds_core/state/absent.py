@@ -38,7 +38,7 @@ def _about() -> Iterator[Any]:
         yield getattr(torch, name)
 
 
-_ABOUT = frozenset(_about())
+ABOUT = frozenset(_about())
 _NAME, _BRING = "_ds_name", "_ds_bring"
 
 
@@ -62,7 +62,7 @@ class AbsentParameter(nn.Parameter):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func in _ABOUT:
+        if func in ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         values = [*args, *(kwargs or {}).values()]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
+from ds_core.state.parked import Parked
 from ds_core.state.reduce import GradReducer
 from ds_core.state.shard import ChangeGate
 from ds_core.state.unit import FlatUnit
@@ -67,6 +68,7 @@ class Hooked(Protocol):
     units: list[FlatUnit]
     trainable: list[FlatUnit]
     reducer: GradReducer
+    parked: Parked
     changes: ChangeGate
 
     def gradients_taken(self, unit: FlatUnit) -> None: ...
@@ -132,6 +134,7 @@ class OwnerHooks:
     def open_round(self) -> None:
         """The first sign of a backward: open the reducer's round, and close it when autograd is done."""
         if not self._owner.reducer.in_round:
+            self._owner.parked.need("a backward", "param", "grad")
             self._owner.reducer.open_round()
             at_end_of_backward(self._owner.close_round)
 
@@ -156,6 +159,10 @@ class OwnerHooks:
             context.__enter__()
             open_contexts.append(context)
 
+        def enter_loading(*args: Any) -> None:
+            owner.parked.need("load_state_dict", "param", "master")
+            enter()
+
         def leave_saved(module: nn.Module, state: dict[str, Any], prefix: str, meta: Any) -> None:
             if any(not unit.keep_whole for unit in units):
                 for name in module._parameters:
@@ -172,5 +179,5 @@ class OwnerHooks:
         hooks: Any = module  # torch leaves these four registrations untyped
         self.handles.append(hooks.register_state_dict_pre_hook(enter))
         self.handles.append(hooks.register_state_dict_post_hook(leave_saved))
-        self.handles.append(hooks.register_load_state_dict_pre_hook(enter))
+        self.handles.append(hooks.register_load_state_dict_pre_hook(enter_loading))
         self.handles.append(hooks.register_load_state_dict_post_hook(leave_loaded))

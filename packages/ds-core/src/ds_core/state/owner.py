@@ -20,6 +20,7 @@ from ds_core.state.forwards import swapped_in
 from ds_core.state.groups import Across, DataGroups
 from ds_core.state.hooks import OwnerHooks, dtype_of, in_backward, outside_of_graphs
 from ds_core.state.layout import Cut
+from ds_core.state.parked import Parkable, Parked
 from ds_core.state.precision import Precision
 from ds_core.state.reduce import GradReducer
 from ds_core.state.replan import Replanner
@@ -44,7 +45,7 @@ def owner_of(param: Tensor) -> FlatOwner:
     return owner
 
 
-class FlatOwner(SavedUnits):
+class FlatOwner(SavedUnits, Parkable):
     """Parameters in flat units, gradients through one reducer, in place on the user's own module.
 
     `sharded`: each rank keeps 1/world of masters, gradients and optimizer state along the data axis.
@@ -104,6 +105,7 @@ class FlatOwner(SavedUnits):
         if away is not None:
             away.settle()
         self._fill_buffers()
+        self.parked = Parked()
         self.changes = ChangeGate()  # opened right before masters change
         self.before_next_change = self.changes.before_next_change
         self._connect()
@@ -171,6 +173,7 @@ class FlatOwner(SavedUnits):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         try:
+            self.parked.need("a forward", "param")
             if self.depth == 0 and not in_backward():
                 self.replanner.before_forward()
         finally:
@@ -197,6 +200,7 @@ class FlatOwner(SavedUnits):
 
     def drain(self) -> None:
         """Collective: all shards' gradients are final after this. Calling it twice costs nothing."""
+        self.parked.need("reducing gradients", "grad")
         self.replanner.before_drain()
         self.reducer.drain()
 
@@ -246,6 +250,7 @@ class FlatOwner(SavedUnits):
     @contextlib.contextmanager
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:
         """Parameters of `units` are whole inside. Collective where they are sharded."""
+        self.parked.need("reading or writing parameters", "param")
         self.settle()
         yield
 

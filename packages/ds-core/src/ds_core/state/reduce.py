@@ -244,11 +244,7 @@ class GradReducer:
         for index in self.order:
             if leftover[index]:
                 self._launch(index)
-        for _, ticket in self._in_flight:
-            ticket.wait()
-        self._in_flight.clear()
-        if self._away is not None:
-            self._away.settle()
+        self.settle()
         self._sum_over_replicas()
         if self._expected_rounds is None:
             self._learn_order()
@@ -316,11 +312,7 @@ class GradReducer:
 
     def clear(self) -> None:
         """Forget every gradient, reduced or not. Collectives under way are waited for first."""
-        for _, ticket in self._in_flight:
-            ticket.wait()
-        self._in_flight.clear()
-        if self._away is not None:
-            self._away.settle()
+        self.settle()
         for unit, pending, seen in zip(self.units, self._pending, self._seen, strict=True):
             unit.drop_grad()
             pending.bucket = None
@@ -352,6 +344,14 @@ class GradReducer:
             for slot in slots:
                 unit.drop_grad_of(slot)
                 self._pending[index].filled[slot] = self._seen[index][slot] = False
+
+    def settle(self) -> None:
+        """Every reduction under way has arrived, and what leaves the device has left."""
+        for _, ticket in self._in_flight:
+            ticket.wait()
+        self._in_flight.clear()
+        if self._away is not None:
+            self._away.settle()
 
     def live(self) -> list[Tensor]:
         """What holds gradients between micro batches: buckets that are not reduced yet, and shards."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from ds_core.ground.wire import Communicator
+from ds_core.state.parked import Parked
 from ds_core.state.replan import Replanner
 from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
 from ds_core.state.unit import FlatUnit
@@ -20,6 +21,7 @@ class SavedUnits:
     comm: Communicator
     replicas: Communicator
     sharded: bool
+    parked: Parked
     changes: ChangeGate
     replanner: Replanner
 
@@ -43,6 +45,7 @@ class SavedUnits:
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
         """Parameters (masters where there are any) as this rank's shards, buffers whole, tied names."""
+        self.parked.need("a checkpoint", "param", "master")
         self.replanner.before_drain()
         self.settle()
         state: dict[str, Tensor | FlatShard | Json] = {}
@@ -55,6 +58,7 @@ class SavedUnits:
 
     def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         """Masters, frozen shards and buffers, after every name and shape has been compared."""
+        self.parked.need("loading a checkpoint", "param", "master")
         self.replanner.before_drain()
         shapes = {slot.fqn: slot.shape for unit in self.units for slot in unit.layout.slots}
         shapes |= {name: buffer.shape for name, buffer in saved_buffers(self.model).items()}

@@ -90,7 +90,7 @@ class FlatUnit:
         me = ref(self)
         self._bring = lambda: (unit := me()) is not None and unit.bring(unit)
         self.pinned = 0  # how many `gather` contexts want it whole
-        self._gone = False
+        self.gone = False  # the parameters show no values
         self._versions: list[int] = []  # of `params`, when they last equalled the masters
         self.has_grad: list[bool] = [False] * len(self.params)  # per slot, on any rank; true after drain
         self.whole: Tensor
@@ -138,8 +138,8 @@ class FlatUnit:
         """Slots whose parameter shows other memory than the unit's: somebody assigned to its `.data`."""
         if self.device.type == "meta":
             return []
-        base = (self._poison if self._gone else self.whole).data_ptr()
-        step = 0 if self._gone else self.whole.element_size()
+        base = (self._poison if self.gone else self.whole).data_ptr()
+        step = 0 if self.gone else self.whole.element_size()
         with torch._C.DisableTorchFunctionSubclass():
             return [
                 index
@@ -158,7 +158,7 @@ class FlatUnit:
         taken = set(self.rewritten())
         for index, (slot, param) in enumerate(zip(self.layout.slots, self.params, strict=True)):
             mark_present(param)
-            if not self._gone and not self.keep_whole:
+            if not self.gone and not self.keep_whole:
                 torch.autograd.graph.increment_version(param)
             if index not in taken:
                 param.data = self._poison.expand(slot.shape)
@@ -206,7 +206,7 @@ class FlatUnit:
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             mark_present(param)
             param.data = self._poison.expand(slot.shape)
-        written = None if self._gone else self.lost_write()
+        written = None if self.gone else self.lost_write()
         self._shift_versions(gone=True)
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             mark_absent(param, slot.fqn, self._bring)
@@ -220,12 +220,12 @@ class FlatUnit:
 
         Only a backward that runs while the unit is away sees it: the count goes back when the unit arrives.
         """
-        if gone != self._gone:
+        if gone != self.gone:
             step = 1 if gone else -1
             torch._C._autograd._unsafe_set_version_counter(
                 tuple(self.params), tuple(param._version + step for param in self.params)
             )
-            self._gone = gone
+            self.gone = gone
 
     # -- writes --------------------------------------------------------------------------------------------
 

@@ -160,6 +160,7 @@ class Engine:
             raise ValueError(
                 "join weighs ranks already: give it weigh=False, and tokens=0 where it is not active"
             )
+        self.owner.parked.need("a backward", "param", "grad")
         scaled = loss * self._tally.weight(tokens, self.accumulate)
         if self.scaler is not None:
             scaled = self.scaler.scale(scaled)
@@ -175,6 +176,7 @@ class Engine:
         help, naming the first module and the first gradient that went wrong; so does an overflow at the
         smallest loss scale, and every `overflows_before_naming`-th overflow in a row warns with the names.
         """
+        self.owner.parked.need("a step", "param", "grad", "master", "moment")
         self._tally.end_micro()
         self._micro += 1
         if self._micro < self.accumulate:
@@ -306,6 +308,19 @@ class Engine:
     def explain(self) -> Settings:
         """Every effective setting: its value, where it came from, whether it is active and where it acts."""
         return explain_engine(self)
+
+    # -- between phases ------------------------------------------------------------------------------------
+
+    def offload_states(self, *kinds: str, to: Any = "host") -> int:
+        """Take params, grads, masters, moments (none named: all) out of device memory until `reload_states`.
+
+        `to`: "host", "nvme:<folder>" or a ds_offload.Volume. Bytes freed. Collective; see ds_offload.park.
+        """
+        return self.owner.parked.lot(self.owner).park(kinds, to)
+
+    def reload_states(self, *kinds: str) -> int:
+        """Bring back what was parked (none named: all of it), as it was. Bytes that came. Collective."""
+        return self.owner.parked.lot(self.owner).reload(kinds)
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 

@@ -219,6 +219,7 @@ class ShardedOptimizer(SavedOptimizer):
         if self._calls_another():
             return None
         self._outermost = sys._getframe(1)
+        self.owner.parked.need("a step", "param", "grad", "master", "moment")
         if not self._missed_said:
             self._missed_said = True
             _warn_of_missed(self.owner)

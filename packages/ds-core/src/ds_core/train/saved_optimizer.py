@@ -30,6 +30,7 @@ class SavedOptimizer:
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
         """`<parameter>/<state>` as shards of the parameter's shape, and the groups' options as JSON."""
+        self.owner.parked.need("a checkpoint", "moment")
         state: dict[str, Tensor | FlatShard | Json] = {}
         for piece in self.held.trained:
             for name, value in self.optimizer.state.get(piece.param, {}).items():
@@ -67,6 +68,7 @@ class SavedOptimizer:
 
     def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         """Allocates the states that the checkpoint holds; each is cut as its parameter is."""
+        self.owner.parked.need("loading a checkpoint", "master", "moment")
         mine = {slot.fqn: slot.shape for unit in self.owner.trainable for slot in unit.layout.slots}
         by_param: dict[str, dict[str, SavedTensor]] = {}
         for full, info in saved.items():
