@@ -180,6 +180,15 @@ def test_parameters_buffers_and_their_views_stay(make: Callable[..., ActivationO
     assert offload.traffic().saved_bytes == 64 * 64 * 4
 
 
+def test_what_autocast_makes_of_a_parameter_stays(make: Callable[..., ActivationOffload]) -> None:
+    model = nn.Linear(64, 64)
+    offload = make(model, min_bytes=4 * KIB)
+    x = torch.randn(64, 64, requires_grad=True)
+    with offload, torch.autocast("cpu", torch.bfloat16):
+        model(x).sum().backward()
+    assert offload.traffic().saved_bytes == 64 * 64 * 2  # x in bfloat16, and not the weight
+
+
 def test_one_copy_of_what_is_saved_twice_and_of_the_views_of_one_storage(
     make: Callable[..., ActivationOffload],
 ) -> None:

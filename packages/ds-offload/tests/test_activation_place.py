@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_offload import activation_place
 from ds_offload.activation_piece import whole
 from ds_offload.activation_place import DiskTier, HostTier, Tier
 from ds_offload.activation_shelf import Shelf
@@ -166,3 +167,17 @@ def test_a_full_disk_gives_up_what_was_kept(tmp_path: Path, monkeypatch: pytest.
         tier.send(source())
     assert other.release(wait=True)
     tier.close()
+
+
+def test_freed_host_memory_goes_back_to_the_system_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lane: LateLane
+) -> None:
+    returned: list[int] = []
+    monkeypatch.setattr(activation_place, "return_freed_memory", lambda accelerator: returned.append(1))
+    for through, times in ((None, 2), (lane, 0)):  # a device's memory is not the C library's
+        returned.clear()
+        tier = DiskTier(Volume(tmp_path), through, Slabs(0), own=True)
+        for _ in range(5):
+            tier.let_go(64 << 20)
+        assert len(returned) == times
+        tier.close()

@@ -56,11 +56,14 @@ class NotingTier:
         self.notes: list[str] = []
         self.coming: list[int] = []
         self.released: list[int] = []
-        self.sent = 0
+        self.sent = self.freed = 0
 
     def send(self, source: Tensor) -> NotingPlace:
         self.sent += 1
         return NotingPlace(self, source, int(source.view(torch.float32)[0]))
+
+    def let_go(self, nbytes: int) -> None:
+        self.freed += nbytes
 
     def trim(self) -> None:
         self.notes.append("trim")
@@ -89,6 +92,7 @@ def test_the_newest_stay_and_the_next_are_under_way_before_they_are_asked_for() 
     shelf = shelf_over(tier, ahead=2)
     graph = [save(shelf, n) for n in range(6)]
     assert tier.sent == 4
+    assert tier.freed == 4 * SIZE
     assert ask(shelf, graph.pop()) == 5
     assert ask(shelf, graph.pop()) == 4
     assert tier.notes == ["begin 3", "begin 2"]  # while layers 5 and 4 compute

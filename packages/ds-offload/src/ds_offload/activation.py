@@ -41,9 +41,9 @@ def offload_activations(
     `to` is "host" (pinned memory; for accelerators), "nvme:FOLDER" or a `Volume`. Tensors of `min_bytes` and
     more go, the newest `ahead_bytes` of them only when newer ones push them out; in the backward as many
     bytes are brought back before they are asked for. `pending_bytes` may be on the way out at a time.
-    Parameters and buffers of `model`, and views of them, stay. It is a `keep=` of `checkpoint_blocks` as
-    well: then only the inputs of blocks go. Gradients are those without it, to the bit, and a saved tensor
-    that was written since is refused, as without it.
+    Parameters and buffers of `model`, views of them and what autocast makes of them stay. It is a `keep=` of
+    `checkpoint_blocks` as well: then only the inputs of blocks go. Gradients are those without it, to the
+    bit, and a saved tensor that was written since is refused, as without it.
     Raises: ValueError for settings that cannot be; in forward and backward OSError of a disk that is full
     or fails.
     Source: `cpu_checkpointing` of DeepSpeed; Arctic Long Sequence Training (arXiv:2506.13996), section 3.3.
@@ -166,14 +166,26 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 
 def _is_own(tensor: Tensor, own: Sequence[Tensor]) -> bool:
-    """Is it a parameter's or a buffer's memory? A sharded unit's could go while it is being written out."""
-    if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+    """Is it a parameter's or a buffer's memory, or what autocast made of a parameter?
+
+    Those are no activations. A sharded unit's memory could even go while it is being written out.
+    """
+    base = tensor if tensor._base is None else tensor._base
+    if isinstance(base, nn.Parameter) or _is_cast(base):
         return True
     storage = tensor.untyped_storage()
     begin = storage.data_ptr()
     end = begin + storage.nbytes()
     with torch._C.DisableTorchFunctionSubclass():  # an absent parameter answers, too
         return any(begin <= one.data_ptr() < end for one in own)
+
+
+def _is_cast(tensor: Tensor) -> bool:
+    """Is it a parameter in another dtype?"""
+    cast = tensor.grad_fn
+    if cast is None or cast.name() != "ToCopyBackward0":
+        return False
+    return isinstance(getattr(cast.next_functions[0][0], "variable", None), nn.Parameter)
 
 
 def _tier(to: str | os.PathLike[str] | Volume, device: torch.device, ahead_bytes: int) -> Tier:

@@ -7,10 +7,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ds_core.ground.accelerator import Accelerator, return_freed_memory
 from ds_kernels.aio import AioError
 from ds_kernels.aio.job import AioFuture
 from ds_offload.slabs import Slabs
 from ds_offload.volume import Extent, Volume
+
+_RETURN_BYTES = 128 << 20  # returning takes milliseconds, so not for every tensor
 
 
 class Copy(Protocol):
@@ -65,6 +68,9 @@ class Tier(Protocol):
 
     def send(self, source: Tensor) -> Place:
         """Start to take [nbytes] uint8 away; keep `source` until it `left`. Raises: OSError without room."""
+
+    def let_go(self, nbytes: int) -> None:
+        """Sources of so many bytes were freed."""
 
     def trim(self) -> None:
         """Let go of what is kept for the next places."""
@@ -122,6 +128,9 @@ class HostTier:
 
     def send(self, source: Tensor) -> Place:
         return _HostPlace(self._lane, source)
+
+    def let_go(self, nbytes: int) -> None:
+        pass
 
     def trim(self) -> None:
         pass
@@ -187,9 +196,17 @@ class DiskTier:
         self.volume, self.lane, self.slabs = volume, lane, slabs
         self._own = own
         self._spare: dict[int, list[Extent]] = {}  # by bytes asked for
+        self._freed_bytes = 0  # of host memory, since the process gave its own back to the system
 
     def send(self, source: Tensor) -> Place:
         return _DiskPlace(self, source)
+
+    def let_go(self, nbytes: int) -> None:
+        """On a CPU: the C library would keep half of what has left, in holes of its heap."""
+        self._freed_bytes += nbytes
+        if self.lane is None and self._freed_bytes >= _RETURN_BYTES:
+            self._freed_bytes = 0
+            return_freed_memory(Accelerator(torch.device("cpu")))
 
     def room(self, nbytes: int) -> Extent:
         """Raises: OSError when the disk is full."""

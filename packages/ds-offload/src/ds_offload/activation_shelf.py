@@ -196,6 +196,7 @@ class Shelf:
                 if entry.place.left(wait=wait):
                     entry.here = None
                     self._move(entry, Where.AWAY)
+                    self._tier.let_go(entry.nbytes)
 
     # -- asking --------------------------------------------------------------------------------------------
 
