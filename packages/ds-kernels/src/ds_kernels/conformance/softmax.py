@@ -20,6 +20,8 @@ _CASES: tuple[tuple[tuple[int, ...], tuple[int, ...] | None, bool], ...] = (
     ((1, 2, 2, 3, 35), (2, 1, 3, 35), False),
     ((2, 1100), (2, 1100), False),
     ((1, 4101), None, False),
+    ((1, 1, 16390), (16390,), True),  # longer than a GPU's program holds
+    ((2, 16390), (2, 16390), False),
 )
 
 
@@ -38,7 +40,7 @@ def _forward(device: torch.device) -> Iterator[Sample]:
 
 
 def _backward(device: torch.device) -> Iterator[Sample]:
-    for dtype, shape in product(DTYPES, ((0, 3), (5, 1), (2, 3, 33), (2, 1100))):
+    for dtype, shape in product(DTYPES, ((0, 3), (5, 1), (2, 3, 33), (2, 1100), (2, 16390))):
         values = Values(24, device)
         dy, y = values.normal(*shape, dtype=dtype), values.normal(*shape).softmax(-1).to(dtype)
         yield Sample(f"{shape} {dtype}", (dy, y), {"scale": -1.5})

@@ -180,7 +180,7 @@ def _draws(like: Tensor, how: Rounding) -> Tensor:
     key = _mix(key ^ (how.seed & _MASK))
     second = _mix(key + 0x9E3779B9)
     place = torch.arange(-(-block // 64) * 16, device=like.device) + key & _MASK
-    hashes = _last_product(place, second).unflatten(-1, (-1, 16))
+    hashes = _last_product(place, second).reshape(rows, blocks, -1, 16)
     halves = torch.stack([hashes & 0xFFFF, hashes >> 16], dim=-2)
     drawn = torch.stack([halves, halves * 40503 & 0xFFFF], dim=-3)
     return drawn.flatten(-4)[..., :block]

@@ -112,7 +112,8 @@ class Repeat:
     @classmethod
     def of(cls, hyper: Hyper, gathered: Gathered) -> Repeat | None:
         """What a step that has just been made leaves for the next; None where it was not wholly native."""
-        if not isinstance(hyper, Elementwise) or not _is_native(hyper.op):
+        on_cpu = gathered.params[0].is_cpu
+        if not (on_cpu and isinstance(hyper, Elementwise) and _is_native(hyper.op)):
             return None
         try:
             seen = gathered.seen()
