@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _KEPT_BYTES = 256 << 20  # freed host memory that stays with the process, and the largest block that may
+_HANDED_BACK_BYTES = 128 << 10  # what glibc itself begins with
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "hpu": "hccl", "npu": "hccl"}
@@ -84,6 +85,19 @@ def keep_freed_memory(accelerator: Accelerator) -> bool:
     which then clears every page again: a tenth of a step's CPU time for a 30M model. On CPU with glibc only,
     and not when MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ says otherwise. True when it took effect.
     """
+    return _choose_thresholds(accelerator, _KEPT_BYTES)
+
+
+def hand_back_freed_memory(accelerator: Accelerator) -> bool:
+    """Let freed host memory of over 128 KiB go back to the kernel at once, whatever its size.
+
+    For training state on disk: glibc adapts to what is freed, puts ever larger buffers into its heap, and the
+    holes between them were measured to add up to four times what is in use. Where and when as above.
+    """
+    return _choose_thresholds(accelerator, _HANDED_BACK_BYTES)
+
+
+def _choose_thresholds(accelerator: Accelerator, num_bytes: int) -> bool:
     chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
     if sys.platform != "linux" or not accelerator.is_cpu or chosen:
         return False
@@ -91,9 +105,9 @@ def keep_freed_memory(accelerator: Accelerator) -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     # An older glibc refuses so large a threshold; then its own, which adapts, is better than half of this.
-    if not libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES):
+    if not libc.mallopt(_M_MMAP_THRESHOLD, num_bytes):
         return False
-    return bool(libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    return bool(libc.mallopt(_M_TRIM_THRESHOLD, num_bytes))
 
 
 def return_freed_memory(accelerator: Accelerator) -> None:
