@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from ds_core.ground.wire import Communicator
 from ds_core.state.replan import Replanner
 from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
+from ds_core.state.store import Store
 from ds_core.state.unit import FlatUnit
 
 
@@ -16,6 +17,7 @@ class SavedUnits:
     """What an owner of units is to checkpoints: the `Saveable` part of it."""
 
     model: nn.Module
+    store: Store
     units: list[FlatUnit]
     comm: Communicator
     replicas: Communicator
@@ -47,7 +49,8 @@ class SavedUnits:
         self.settle()
         state: dict[str, Tensor | FlatShard | Json] = {}
         for unit in self.units:
-            state |= flat_shards(unit, unit.values().detach(), self.written_part(unit))
+            part = self.written_part(unit)
+            state |= flat_shards(unit, unit.values().detach(), part, let_go=paged(self.store, unit))
         # Buffers may change in any forward, so a checkpoint that copies in the background gets copies.
         state |= {name: buffer.detach().clone() for name, buffer in saved_buffers(self.model).items()}
         state["tied"] = tied_names(self.model)
@@ -63,7 +66,7 @@ class SavedUnits:
         self.settle()
         targets: dict[str, Tensor | FlatShard] = {}
         for unit in self.units:
-            targets |= flat_shards(unit, unit.values().detach())
+            targets |= flat_shards(unit, unit.values().detach(), let_go=paged(self.store, unit))
         return targets | saved_buffers(self.model)
 
     def load_state_dict(self, values: Mapping[str, Json]) -> None:
@@ -75,7 +78,19 @@ class SavedUnits:
         self.settle()
 
 
-def flat_shards(unit: FlatUnit, values: Tensor, part: range | None = None) -> dict[str, FlatShard]:
+def paged(store: Store, unit: FlatUnit) -> Callable[[], object] | None:
+    """What lets go of the pages of a unit's values, where a file holds them."""
+    key = f"{unit.key}/master" if unit.trainable else unit.shard_key
+    return None if store.away is None or key is None else store.away.paged(key)
+
+
+def flat_shards(
+    unit: FlatUnit,
+    values: Tensor,
+    part: range | None = None,
+    *,
+    let_go: Callable[[], object] | None = None,
+) -> dict[str, FlatShard]:
     """`values` [shard_numel] of a unit as shards by parameter name, cut to `part` of the shard."""
     found = {}
     part = range(unit.layout.shard_numel) if part is None else part
@@ -83,7 +98,7 @@ def flat_shards(unit: FlatUnit, values: Tensor, part: range | None = None) -> di
         low, high = max(overlap.local[0], part.start), min(overlap.local[1], part.stop)
         if low < high:
             begin = overlap.begin + low - overlap.local[0]
-            found[overlap.slot.fqn] = FlatShard(values[low:high], overlap.slot.shape, begin)
+            found[overlap.slot.fqn] = FlatShard(values[low:high], overlap.slot.shape, begin, let_go)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
@@ -79,6 +80,10 @@ class Away(Protocol):
 
     def settle(self) -> None:
         """Everything that was on its way has arrived: homes are current."""
+        ...
+
+    def paged(self, key: str) -> Callable[[], object] | None:
+        """Of a tensor that a file holds: what lets go of its pages that looks brought in."""
         ...
 
     def steps(self, optimizer: Any) -> Any:

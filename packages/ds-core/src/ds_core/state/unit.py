@@ -281,6 +281,10 @@ class FlatUnit:
         if self.trainable and self.separate_master:
             with self.master() as lease:
                 self.local.copy_(lease.tensor)
+            away = None if self._store is None else self._store.away
+            let_go = None if away is None or self.shard_key is None else away.paged(self.shard_key)
+            if let_go is not None:
+                let_go()
 
     def absorb_whole(self) -> None:
         """The parameters were written: whole -> shard and master."""
