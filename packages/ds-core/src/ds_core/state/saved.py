@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -63,7 +64,9 @@ class SavedUnits:
         shapes |= {name: buffer.shape for name, buffer in saved_buffers(self.model).items()}
         check_shapes(shapes, {name: info.shape for name, info in saved.items()})
         self.changes.open()
-        self.settle()
+        for unit in self.units:
+            with contextlib.suppress(OSError):  # a shard that cannot be read any more: it is replaced
+                unit.arrive_if_coming()
         targets: dict[str, Tensor | FlatShard] = {}
         for unit in self.units:
             targets |= flat_shards(unit, unit.values().detach(), let_go=paged(self.store, unit))

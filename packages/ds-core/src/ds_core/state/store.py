@@ -69,8 +69,8 @@ class Away(Protocol):
         ...
 
     def room(self, unit: HasGradient) -> Tensor | None:
-        """Memory [shard_numel] for a gradient of the unit before it leaves, None when it stays; holds what the
-        unit's gradient is so far, if it has one.
+        """Memory [shard_numel] for a gradient of the unit before it leaves, with what it has so far; None if
+        it stays.
         """
         ...
 
