@@ -1,4 +1,4 @@
-"""With everything on disk a step needs the memory of its plan and of the units in use, however large the model."""
+"""With all state on disk a step needs the memory of its plan and of the units in use, whatever the model."""
 
 from __future__ import annotations
 
