@@ -181,7 +181,8 @@ def differing(one: Run, other: Run) -> list[str]:
         hold(f"{piece.fqn}: names of states", sorted(state), sorted(elsewhere))
         for name in state:
             hold(f"{piece.fqn}/{name}", state[name], elsewhere.get(name))
-    hold("parameters in the state", len(one.sharded.optimizer.state), len(other.sharded.optimizer.state))
+    known = [sum(map(bool, run.sharded.optimizer.state.values())) for run in (one, other)]
+    hold("parameters with a state", *known)
     for number, (options, others) in enumerate(
         zip(one.sharded.param_groups, other.sharded.param_groups, strict=True)
     ):

@@ -219,7 +219,7 @@ def test_several_optimizers_as_one_and_apart(stage: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("policy", ["nvme", "mixed", "grads"])
 @distributed(3)
 def test_micro_batches_with_and_without_no_sync(stage: int, policy: str, tmp_path: Path) -> None:
-    """Three ranks: a mean over them is no exact scaling, so sums must be made in the same order and rounding."""
+    """Three ranks: a mean over them is no exact scaling, so sums must be made in the same way."""
     for held in (False, True):
         runs = pair(stage, tmp_path, policy=policy)
         for step in range(2):
@@ -240,7 +240,7 @@ def test_micro_batches_with_and_without_no_sync(stage: int, policy: str, tmp_pat
 @pytest.mark.parametrize("policy", ["nvme", "mixed"])
 @distributed(4)
 def test_two_nodes_of_two_ranks(stage: int, second: bool, policy: str, tmp_path: Path) -> None:
-    """HSDP, and hpZ with a second shard inside each node; the norm of what other nodes added is the new one."""
+    """HSDP, and hpZ with a second shard inside each node; the norm counts what other nodes added."""
     mesh = Topology(dp_replicate=2, dp_shard=2).build()
     for dtype in (None, torch.bfloat16):
         runs = pair(stage, tmp_path, policy=policy, mesh=mesh, dtype=dtype, secondary_shard=second)

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
 from update import machine
 
 HERE = Path(__file__).parent
@@ -103,12 +102,16 @@ _ALL = {"params": "nvme", "grads": "nvme", "masters": "nvme", "moments": "nvme"}
 CONTENDERS: dict[str, Callable[[str, str], Step]] = {
     "in memory": lambda size, disk: ours(size, disk),
     "ours, host": lambda size, disk: ours(size, disk, masters="host", moments="host", grads="host"),
-    "ours, optimizer on disk": lambda size, disk: ours(size, disk, masters="nvme", moments="nvme", grads="host"),
+    "ours, optimizer on disk": lambda size, disk: ours(
+        size, disk, masters="nvme", moments="nvme", grads="host"
+    ),
     "ours, all on disk": lambda size, disk: ours(size, disk, **_ALL),
     "deepspeed 2, cpu": lambda size, disk: deepspeed(size, disk, stage=2, optimizer="cpu"),
     "deepspeed 3, cpu": lambda size, disk: deepspeed(size, disk, stage=3, optimizer="cpu", params="cpu"),
     "deepspeed 3, optimizer nvme": lambda size, disk: deepspeed(size, disk, stage=3, optimizer="nvme"),
-    "deepspeed 3, all nvme": lambda size, disk: deepspeed(size, disk, stage=3, optimizer="nvme", params="nvme"),
+    "deepspeed 3, all nvme": lambda size, disk: deepspeed(
+        size, disk, stage=3, optimizer="nvme", params="nvme"
+    ),
 }
 
 
@@ -155,7 +158,16 @@ def main() -> None:
 
 def fresh(args: argparse.Namespace, name: str) -> dict[str, Any]:
     command = [
-        *(sys.executable, str(HERE / "peers.py"), "--contender", name, "--size", args.size, "--disk", args.disk),
+        *(
+            sys.executable,
+            str(HERE / "peers.py"),
+            "--contender",
+            name,
+            "--size",
+            args.size,
+            "--disk",
+            args.disk,
+        ),
         *("--steps", str(args.steps), "--warmup", str(args.warmup), "--threads", str(args.threads)),
     ]
     try:

@@ -93,7 +93,9 @@ def one(args: argparse.Namespace, depth: int, chunk_numel: int) -> dict[str, Any
         "ours_s": rounded(ours),
         "ours_GBps": round(sum(moved) / statistics.median(ours) / 1e9, 2),
         "fio_s": rounded(known) if known else "no fio on PATH",
-        "of_fio": round(statistics.median(f / o for f, o in zip(known, ours, strict=True)), 3) if known else None,
+        "of_fio": round(statistics.median(f / o for f, o in zip(known, ours, strict=True)), 3)
+        if known
+        else None,
         "predicted_s": round(predicted, 3),
         "predicted_over_measured": round(predicted / statistics.median(ours), 3),
         "bandwidths": str(bandwidths),
@@ -109,12 +111,22 @@ def fio(args: argparse.Namespace, read: int, written: int) -> float:
     block, depth = 1 << 20, 64
     size = max(read, written) // block * block
     command = [
-        *("fio", f"--filename={path}", f"--bs={block}", "--direct=1", "--ioengine=io_uring", f"--size={size}"),
+        *(
+            "fio",
+            f"--filename={path}",
+            f"--bs={block}",
+            "--direct=1",
+            "--ioengine=io_uring",
+            f"--size={size}",
+        ),
         *(f"--iodepth={depth}", "--output-format=json", "--thread", "--group_reporting", "--fallocate=posix"),
         *("--name=both", f"--io_size={read + written}"),
         *("--rw=rw", f"--rwmixread={round(100 * read / (read + written))}"),
     ]
-    large = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # its buffers in large pages, as ours are
+    large = {
+        **os.environ,
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    }  # its buffers in large pages, as ours are
     try:
         lay_out = [*command[:-2], "--rw=write", f"--size={size}"]
         subprocess.run(lay_out, check=True, capture_output=True, env=large)
@@ -122,8 +134,11 @@ def fio(args: argparse.Namespace, read: int, written: int) -> float:
     finally:
         path.unlink(missing_ok=True)
     job = told["jobs"][0]
-    return max(job["read"]["runtime"], job["write"]["runtime"]) / 1000 * (read + written) / (
-        job["read"]["io_bytes"] + job["write"]["io_bytes"]
+    return (
+        max(job["read"]["runtime"], job["write"]["runtime"])
+        / 1000
+        * (read + written)
+        / (job["read"]["io_bytes"] + job["write"]["io_bytes"])
     )
 
 
@@ -137,7 +152,11 @@ def rounded(values: list[float]) -> dict[str, float]:
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
     model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return {

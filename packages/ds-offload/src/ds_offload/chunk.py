@@ -59,6 +59,16 @@ class ChunkUpdate:
         """Views of what is in memory; reads of what is not, into the turn's buffers."""
         turn.empty()
         reading: list[Future[int]] = []
+        try:
+            return self._fetch(chunk, unit, pieces, turn, reading)
+        except BaseException:
+            for future in reading:  # the buffers are used again
+                future.exception()
+            raise
+
+    def _fetch(
+        self, chunk: Chunk, unit: FlatUnit, pieces: Sequence[Piece], turn: Turn, reading: list[Future[int]]
+    ) -> Loaded:
 
         def bring(name: str, home: Home | None, plain: Tensor) -> Tensor:
             if home is None or plain.data_ptr() != home.tensor.data_ptr():

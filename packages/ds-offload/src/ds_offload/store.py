@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -201,6 +202,11 @@ class TieredStore:
     def abandon(self) -> list[BaseException]:
         """Every write is over, whatever became of it; what went wrong."""
         return [error for home in self._homes.values() for error in home.abandon()]
+
+    def paged(self, key: str) -> Callable[[], None] | None:
+        """Of a tensor that is on disk, at least in part: what lets go of its pages in memory."""
+        home = self._homes.get(key)
+        return None if home is None or not home.file_bytes else home.forget
 
     def steps(self, optimizer: Any) -> ChunkedUpdate:
         """The update of what is not on the device."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _KEPT_BYTES = 256 << 20  # freed host memory that stays with the process, and the largest block that may
-_RETURNED_BYTES = 1 << 20
+_HANDED_BACK_BYTES = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "hpu": "hccl", "npu": "hccl"}
@@ -78,26 +78,36 @@ class Accelerator:
         return self.total_bytes()
 
 
-def keep_freed_memory(accelerator: Accelerator, *, keep: bool = True) -> bool:
+def keep_freed_memory(accelerator: Accelerator) -> bool:
     """Let this process keep up to 256 MiB of freed host memory instead of handing it back at once.
 
     Buckets and gradients come and go many times in a step; by default glibc returns them to the kernel,
-    which then clears every page again: a tenth of a step's CPU time for a 30M model. `keep=False` is for
-    models that barely fit: every block from 1 MiB on goes back when it is freed, and none leaves a hole.
-    On CPU with glibc only, and not when MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ says otherwise.
-    True when it took effect.
+    which then clears every page again: a tenth of a step's CPU time for a 30M model. On CPU with glibc only,
+    and not when MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ says otherwise. True when it took effect.
     """
+    return _choose_thresholds(accelerator, _KEPT_BYTES)
+
+
+def hand_back_freed_memory(accelerator: Accelerator) -> bool:
+    """Let blocks of freed host memory from 1 MiB on go back to the kernel at once, whatever its size.
+
+    For training state on disk: glibc adapts to what is freed, puts ever larger buffers into its heap, and the
+    holes between them were measured to add up to four times what is in use. Where and when as above.
+    """
+    return _choose_thresholds(accelerator, _HANDED_BACK_BYTES)
+
+
+def _choose_thresholds(accelerator: Accelerator, num_bytes: int) -> bool:
     chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
     if sys.platform != "linux" or not accelerator.is_cpu or chosen:
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    size = _KEPT_BYTES if keep else _RETURNED_BYTES
     # An older glibc refuses so large a threshold; then its own, which adapts, is better than half of this.
-    if not libc.mallopt(_M_MMAP_THRESHOLD, size):
+    if not libc.mallopt(_M_MMAP_THRESHOLD, num_bytes):
         return False
-    return bool(libc.mallopt(_M_TRIM_THRESHOLD, size))
+    return bool(libc.mallopt(_M_TRIM_THRESHOLD, num_bytes))
 
 
 def return_freed_memory(accelerator: Accelerator) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -114,14 +114,16 @@ class CheckpointStore:
     def _snapshot(self, job: SaveJob, parts: Mapping[str, Saveable]) -> SaveJob:
         # See [Note: what may still change]
         steady = {name: part for name, part in parts.items() if isinstance(part, AnnouncesChange)}
-        sources = [owned.memory for owned in job.owned]
+        held, staged = _held_and_staged(job.owned, parts)
+        sources = [owned.memory for owned in staged]
         copies = self._staging.views(sources)
-        snapshot = Snapshot(sources, copies, [owned.part in steady for owned in job.owned])
+        snapshot = Snapshot(sources, copies, [owned.part in steady for owned in staged], held=bool(held))
         for part in steady.values():
             part.before_next_change(snapshot.wait_late)
         snapshot.copy_now()
-        owned = [replace(owned, memory=copy) for owned, copy in zip(job.owned, copies, strict=True)]
-        return replace(job, owned=owned, snapshot=snapshot)
+        for owned, copy in zip(staged, copies, strict=True):
+            held.append(replace(owned, memory=copy, let_go=None))
+        return replace(job, owned=held, snapshot=snapshot)
 
     def _plan(self, peers: Peers, text: str, key: str) -> WritePlan:
         """Who writes what; shapes rarely change, so it is nearly always the last plan."""
@@ -178,7 +180,8 @@ class CheckpointStore:
         peers = Peers(self._group, self._timeout_s)
         mine = collect(parts, None)
         held = [parse_held(each) for each in peers.gather_text(mine.describe())]
-        self._staging.reserve([owned.memory for owned in _owned(mine, plan_writes(held), peers.rank)])
+        owned = list(_owned(mine, plan_writes(held), peers.rank))
+        self._staging.reserve([each.memory for each in _held_and_staged(owned, parts)[1]])
 
     def wait(self) -> None:
         """Wait for the save in the background.
@@ -213,4 +216,15 @@ def _owned(mine: Collected, plan: WritePlan, rank: int) -> Iterator[Owned]:
         flat = memory[write.start - held.start : write.end - held.start]
         for box, view in FlatShard(flat, torch.Size(held.shape), write.start).boxes():
             key = entry_name(held.part, held.name, box, held.shape)
-            yield Owned(held.part, held.name, box, key, view.reshape(-1))
+            yield Owned(held.part, held.name, box, key, view.reshape(-1), mine.let_go[write.held])
+
+
+def _held_and_staged(
+    owned: Sequence[Owned], parts: Mapping[str, Saveable]
+) -> tuple[list[Owned], list[Owned]]:
+    """What a file holds already is written from there, if it stays as it is meanwhile; the rest is copied."""
+    held, staged = list[Owned](), list[Owned]()
+    for each in owned:
+        stays = each.let_go is not None and isinstance(parts[each.part], AnnouncesChange)
+        (held if stays else staged).append(each)
+    return held, staged

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,13 +80,14 @@ class SaveHandle:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """One box that this rank writes: whose it is, its name in the file, and its memory, flat."""
+    """One box that this rank writes: whose it is, its name in the file, its memory, flat; see FlatShard."""
 
     part: str
     name: str
     box: Box
     key: str
     memory: Tensor
+    let_go: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class SaveJob:
             if self.snapshot is not None:
                 self.snapshot.copy_late()
             manifest = self._write(work)
+            if self.snapshot is not None:
+                self.snapshot.let_go()
             if self.rank == 0:
                 self._commit(work, meeting, manifest)
             else:
@@ -135,7 +139,7 @@ class SaveJob:
         if self.rank == 0:
             commit.clean(self.directory, work)
         by_key = {owned.key: owned for owned in self.owned}
-        packed = pack([Entry(o.key, o.memory.dtype, o.box[1], o.memory) for o in self.owned])
+        packed = pack([Entry(o.key, o.memory.dtype, o.box[1], o.memory, o.let_go) for o in self.owned])
         files = [(self._file_name(number), entries) for number, entries in enumerate(packed)]
         records = write_files(work, files, rank=self.rank)
         boxes = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -51,6 +51,7 @@ class Collected:
 
     held: list[Held]
     memory: list[Tensor]
+    let_go: list[Callable[[], object] | None]  # of each, see FlatShard
     values: str
 
     def describe(self) -> str:
@@ -75,7 +76,7 @@ def collect(parts: Mapping[str, Saveable], user: Json) -> Collected:
 
     Raises: ValueError for a name, tensor or value that a checkpoint cannot hold.
     """
-    found = Collected([], [], "")
+    found = Collected([], [], [], "")
     values: dict[str, dict[str, Json]] = {}
     for part, owner in parts.items():
         if not part or "/" in part:
@@ -113,6 +114,7 @@ def _collect_tensor(found: Collected, part: str, name: str, value: Tensor | Flat
         raise ValueError(f"{where}: dtype {flat.dtype} cannot be saved; allowed: {', '.join(DTYPES)}")
     found.held.append(Held(part, name, flat.dtype, shape, start, start + flat.numel()))
     found.memory.append(flat)
+    found.let_go.append(value.let_go if isinstance(value, FlatShard) else None)
 
 
 def check_json(value: Any, where: str) -> None:

@@ -7,8 +7,8 @@ import math
 import os
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,12 +42,13 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Bytes of a file that belong in `target`, flat and of dtype `dtype` in the file."""
+    """Bytes of a file that belong in `target`, flat and of dtype `dtype` in the file; see FlatShard."""
 
     file: str
     at: int
     dtype: torch.dtype
     target: Tensor
+    let_go: Callable[[], object] | None = None
 
 
 def load_parts(step_dir: Path, parts: Mapping[str, Saveable], peers: Peers, *, strong: bool) -> Json:
@@ -146,7 +147,9 @@ def plan_reads(
             copies.append((target.detach(), flat))
         if flat.numel():
             runs = stored_runs(step_dir, part, name, stored, headers)
-            reads += _cover(f"{part}/{name}", runs, stored.dtype, flat, start)
+            let_go = target.let_go if isinstance(target, FlatShard) else None
+            found = _cover(f"{part}/{name}", runs, stored.dtype, flat, start)
+            reads += [replace(read, let_go=let_go) for read in found] if let_go else found
     return reads, copies
 
 
@@ -267,6 +270,13 @@ def run_reads(step_dir: Path, reads: Sequence[Read]) -> None:
 
     def fill(read: Read) -> None:
         path, descriptor = step_dir / read.file, descriptors[read.file]
+        try:
+            place(read, path, descriptor)
+        finally:
+            if read.let_go is not None:
+                read.let_go()
+
+    def place(read: Read, path: Path, descriptor: int) -> None:
         if read.target.device.type == "cpu" and read.target.dtype == read.dtype:
             _read_into(path, descriptor, read.at, read.target.view(torch.uint8))
             return

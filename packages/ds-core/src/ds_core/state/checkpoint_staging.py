@@ -66,9 +66,19 @@ class Snapshot:
     [Note: what may still change] A part that offers `before_next_change` promises that its tensors stay as
     they are until it has called the function given to it; that function is `wait_late`, so those copies may
     run in the background. Every other part may change as soon as `save` returns, and is copied before that.
+    With `held` there are tensors beside them that are written without a copy: nothing may change before
+    `let_go`.
     """
 
-    def __init__(self, sources: Sequence[Tensor], copies: Sequence[Tensor], late: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Tensor],
+        copies: Sequence[Tensor],
+        late: Sequence[bool],
+        *,
+        held: bool = False,
+    ) -> None:
+        self._held = held
         self._now = [
             pair for pair, is_late in zip(zip(copies, sources, strict=True), late, strict=True) if not is_late
         ]
@@ -99,7 +109,8 @@ class Snapshot:
                 else:
                     _copy_aside(copy, source)
         finally:
-            self.let_go()
+            if not self._held:
+                self.let_go()
 
     def let_go(self) -> None:
         """Nothing more will be read from the live tensors."""

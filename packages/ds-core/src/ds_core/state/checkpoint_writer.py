@@ -37,12 +37,15 @@ _WRITE_BYTES = 256 << 10
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file: its name there, and flat memory, or what gives it when its turn comes."""
+    """One tensor of a file: its name there, and flat memory, or what gives it when its turn comes; `let_go`
+    is called when it has been read.
+    """
 
     name: str
     dtype: torch.dtype
     sizes: tuple[int, ...]
     source: Tensor | Callable[[], Tensor]
+    let_go: Callable[[], object] | None = None
 
     @property
     def bytes(self) -> int:
@@ -200,3 +203,5 @@ def _sources(header: bytes, entries: Sequence[Entry]) -> Iterator[Tensor]:
         if entry.bytes:
             source = entry.source if isinstance(entry.source, Tensor) else entry.source()
             yield source.view(torch.uint8)
+            if entry.let_go is not None:
+                entry.let_go()

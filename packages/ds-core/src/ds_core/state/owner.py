@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ds_core.ground.accelerator import keep_freed_memory
+from ds_core.ground.accelerator import hand_back_freed_memory, keep_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.ground.wire import Codec
 from ds_core.limits import refuse
@@ -27,7 +27,7 @@ from ds_core.state.replan import Replanner
 from ds_core.state.saved import SavedUnits
 from ds_core.state.shard import ChangeGate
 from ds_core.state.store import DeviceStore, Store
-from ds_core.state.unit import FlatUnit, Whole
+from ds_core.state.unit import FlatUnit
 from ds_core.state.units import LEAF_MARK, Split, UnitPlan
 
 # parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter.
@@ -72,11 +72,12 @@ class FlatOwner(SavedUnits, Parkable):
         self.mesh = mesh or Topology().build()
         self.device = self.mesh.accelerator.device
         self.store: Store = store or DeviceStore()
-        keep_freed_memory(self.mesh.accelerator, keep=self.store.away is None)
         self.sharded = sharded
         self.precision = precision
         settings = _Options(**options)
         away = self.store.away
+        keep = keep_freed_memory if away is None else hand_back_freed_memory
+        keep(self.mesh.accelerator)
         self.features = (
             self.extra_features | self.store.features | _features(model, precision, settings, self.mesh)
         )
@@ -244,8 +245,7 @@ class FlatOwner(SavedUnits, Parkable):
     def settle(self) -> None:
         """Everything that is on its way has arrived."""
         for unit in self.units:
-            if unit.state is Whole.COMING:
-                unit.arrive(unit.ticket)
+            unit.arrive_if_coming()
 
     @contextlib.contextmanager
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:

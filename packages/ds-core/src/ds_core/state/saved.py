@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from ds_core.ground.wire import Communicator
 from ds_core.state.parked import Parked
 from ds_core.state.replan import Replanner
 from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
+from ds_core.state.store import Store
 from ds_core.state.unit import FlatUnit
 
 
@@ -17,6 +19,7 @@ class SavedUnits:
     """What an owner of units is to checkpoints: the `Saveable` part of it."""
 
     model: nn.Module
+    store: Store
     units: list[FlatUnit]
     comm: Communicator
     replicas: Communicator
@@ -50,7 +53,8 @@ class SavedUnits:
         self.settle()
         state: dict[str, Tensor | FlatShard | Json] = {}
         for unit in self.units:
-            state |= flat_shards(unit, unit.values().detach(), self.written_part(unit))
+            part = self.written_part(unit)
+            state |= flat_shards(unit, unit.values().detach(), part, let_go=paged(self.store, unit))
         # Buffers may change in any forward, so a checkpoint that copies in the background gets copies.
         state |= {name: buffer.detach().clone() for name, buffer in saved_buffers(self.model).items()}
         state["tied"] = tied_names(self.model)
@@ -64,10 +68,12 @@ class SavedUnits:
         shapes |= {name: buffer.shape for name, buffer in saved_buffers(self.model).items()}
         check_shapes(shapes, {name: info.shape for name, info in saved.items()})
         self.changes.open()
-        self.settle()
+        for unit in self.units:
+            with contextlib.suppress(OSError):  # a shard that cannot be read any more: it is replaced
+                unit.arrive_if_coming()
         targets: dict[str, Tensor | FlatShard] = {}
         for unit in self.units:
-            targets |= flat_shards(unit, unit.values().detach())
+            targets |= flat_shards(unit, unit.values().detach(), let_go=paged(self.store, unit))
         return targets | saved_buffers(self.model)
 
     def load_state_dict(self, values: Mapping[str, Json]) -> None:
@@ -79,7 +85,19 @@ class SavedUnits:
         self.settle()
 
 
-def flat_shards(unit: FlatUnit, values: Tensor, part: range | None = None) -> dict[str, FlatShard]:
+def paged(store: Store, unit: FlatUnit) -> Callable[[], object] | None:
+    """What lets go of the pages of a unit's values, where a file holds them."""
+    key = f"{unit.key}/master" if unit.trainable else unit.shard_key
+    return None if store.away is None or key is None else store.away.paged(key)
+
+
+def flat_shards(
+    unit: FlatUnit,
+    values: Tensor,
+    part: range | None = None,
+    *,
+    let_go: Callable[[], object] | None = None,
+) -> dict[str, FlatShard]:
     """`values` [shard_numel] of a unit as shards by parameter name, cut to `part` of the shard."""
     found = {}
     part = range(unit.layout.shard_numel) if part is None else part
@@ -87,7 +105,7 @@ def flat_shards(unit: FlatUnit, values: Tensor, part: range | None = None) -> di
         low, high = max(overlap.local[0], part.start), min(overlap.local[1], part.stop)
         if low < high:
             begin = overlap.begin + low - overlap.local[0]
-            found[overlap.slot.fqn] = FlatShard(values[low:high], overlap.slot.shape, begin)
+            found[overlap.slot.fqn] = FlatShard(values[low:high], overlap.slot.shape, begin, let_go)
     return found
 
 

@@ -19,12 +19,15 @@ Json = Any  # None, bool, int, float, str, list or dict of the same: what json.d
 class FlatShard:
     """Flat elements [start, start + local.numel()) of a row-major tensor of `shape`.
 
-    `local` is 1-D and contiguous: the live memory itself, not a copy.
+    `local` is 1-D and contiguous: the live memory itself, not a copy. `let_go` is there where it is a file's:
+    a checkpoint then writes from it and never copies it into memory, and calls that when it has looked at
+    it, so that its pages need not stay.
     """
 
     local: Tensor
     shape: torch.Size
     start: int
+    let_go: Callable[[], object] | None = None
 
     def boxes(self) -> list[tuple[Box, Tensor]]:
         """((offsets, sizes), view of `local` with those sizes), in flat order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -86,8 +87,8 @@ class Away(Protocol):
         ...
 
     def room(self, unit: HasGradient) -> Tensor | None:
-        """Memory [shard_numel] for a gradient of the unit before it leaves, None when it stays; holds what the
-        unit's gradient is so far, if it has one.
+        """Memory [shard_numel] for a gradient of the unit before it leaves, with what it has so far; None if
+        it stays.
         """
         ...
 
@@ -97,6 +98,10 @@ class Away(Protocol):
 
     def settle(self) -> None:
         """Everything that was on its way has arrived: homes are current."""
+        ...
+
+    def paged(self, key: str) -> Callable[[], object] | None:
+        """Of a tensor that a file holds: what lets go of its pages that looks brought in."""
         ...
 
     def steps(self, optimizer: Any) -> Any:

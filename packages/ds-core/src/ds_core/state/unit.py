@@ -191,6 +191,8 @@ class FlatUnit:
     def arrive(self, ticket: Ticket | None = None) -> None:
         """The whole copy is current; parameters show it."""
         if ticket is not None:
+            self.state = Whole.STALE  # should it fail: whoever needs it next brings it again
+            self.ticket = None
             ticket.wait()
         self.ticket = None
         self.state = Whole.READY
@@ -198,11 +200,21 @@ class FlatUnit:
             self.point_at_whole()
             self.note_versions()
 
+    def arrive_if_coming(self) -> None:
+        """What is on its way is there."""
+        if self.state is Whole.COMING:
+            self.arrive(self.ticket)
+
     def let_go(self) -> None:
         """Free the whole copy. See [Note: buffers are let go by resize]."""
-        if self.ticket is not None:
-            self.ticket.wait()
-            self.ticket = None
+        ticket, self.ticket = self.ticket, None
+        try:
+            if ticket is not None:
+                ticket.wait()
+        finally:
+            self._free_whole()
+
+    def _free_whole(self) -> None:
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             mark_present(param)
             param.data = self._poison.expand(slot.shape)
@@ -281,6 +293,10 @@ class FlatUnit:
         if self.trainable and self.separate_master:
             with self.master() as lease:
                 self.local.copy_(lease.tensor)
+            away = None if self._store is None else self._store.away
+            let_go = None if away is None or self.shard_key is None else away.paged(self.shard_key)
+            if let_go is not None:
+                let_go()
 
     def absorb_whole(self) -> None:
         """The parameters were written: whole -> shard and master."""

@@ -41,13 +41,13 @@ class SavedOptimizer:
                         f"{type(self.optimizer).__name__} keeps {name!r} as {type(value).__name__}; a "
                         "checkpoint holds tensors: keep it as a 0-dim tensor"
                     )
-                shard = self._written(piece, value.detach())
+                shard = self._written(piece, name, value.detach())
                 if shard is not None:
                     state[f"{piece.fqn}/{name}"] = shard
         state["groups"] = [self._options(group) for group in self.optimizer.param_groups]
         return state
 
-    def _written(self, piece: Piece, value: Tensor) -> FlatShard | None:
+    def _written(self, piece: Piece, name: str, value: Tensor) -> FlatShard | None:
         if value.numel() != piece.param.numel() or value.dim() == 0:
             return FlatShard(value.reshape(-1), value.shape, 0)
         part, (low, high) = self.owner.written_part(piece.unit), piece.overlap.local
@@ -55,7 +55,12 @@ class SavedOptimizer:
         if begin >= end:
             return None
         flat = value.reshape(-1)[begin - low : end - low]
-        return FlatShard(flat, piece.overlap.slot.shape, piece.overlap.begin + begin - low)
+        start = piece.overlap.begin + begin - low
+        return FlatShard(flat, piece.overlap.slot.shape, start, self._paged(piece, name))
+
+    def _paged(self, piece: Piece, name: str) -> Callable[[], object] | None:
+        away = self.owner.store.away
+        return None if away is None else away.paged(f"{piece.unit.key}/{name}")
 
     @staticmethod
     def _options(group: Mapping[str, Any]) -> dict[str, Json]:
@@ -87,7 +92,8 @@ class SavedOptimizer:
                         state[name] = self.elsewhere.room(piece, name, info.dtype)
                     else:
                         state[name] = torch.zeros_like(piece.param, dtype=info.dtype, requires_grad=False)
-                    shard = FlatShard(state[name].view(-1), piece.overlap.slot.shape, piece.overlap.begin)
+                    flat, begin = state[name].view(-1), piece.overlap.begin
+                    shard = FlatShard(flat, piece.overlap.slot.shape, begin, self._paged(piece, name))
                 else:
                     state[name] = torch.zeros(
                         info.shape, dtype=info.dtype, device=self._scalar_device(piece, name)
