@@ -10,6 +10,7 @@ _HOME: dict[str, str] = {
     "Tiered": "ds_offload.policy",
     "TieredStore": "ds_offload.store",
     "Volume": "ds_offload.volume",
+    "ZenFlow": "ds_offload.zenflow",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any, cast
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ds_offload.moves import Moves
 from ds_offload.policy import Rounding, Split, Tiered, file_numel
 from ds_offload.step import ChunkedUpdate
 from ds_offload.volume import Volume
+from ds_offload.zen_update import ZenFlowUpdate
 
 _KINDS: dict[str, Kind] = {"param": "param", "master": "master", "grad": "grad"}
 _log = logging.getLogger("ds_offload")
@@ -58,6 +60,7 @@ class TieredStore:
         self._rounding = {kind: Rounding(self.splits[kind].device) for kind in ("param", "grad", "master")}
         self._norms: dict[str, tuple[Tensor, int]] = {}  # by unit: of its gradient, of which version of it
         self._choices: dict[tuple[str, str], bool] = {}
+        self.lookers: list[WeakMethod[Any]] = []  # called before anybody looks at a tensor's home
 
     @property
     def away(self) -> TieredStore:
@@ -88,6 +91,10 @@ class TieredStore:
         self._homes[key] = home
         return home
 
+    def split_of(self, key: str) -> Split:
+        """The shares of a tensor's kind."""
+        return self.splits[_kind(key)]
+
     def stays(self, key: str, numel: int) -> bool:
         """Does this tensor stay on the device?"""
         unit, _, name = key.rpartition("/")
@@ -98,6 +105,7 @@ class TieredStore:
 
     def home(self, key: str) -> Tensor:
         """The live bytes. Everything on its way there has arrived."""
+        self._looked_at()
         if key in self._here:
             return self._here[key]
         found = self._homes[key]
@@ -110,9 +118,16 @@ class TieredStore:
 
     def lease(self, key: str, device: torch.device) -> HeldLease | MovedLease:
         """The tensor on a device: itself, or a copy that goes back if dirty."""
+        self._looked_at()
         if key in self._here:
             return HeldLease(self._here[key])
         return MovedLease(self._homes[key], device)
+
+    def _looked_at(self) -> None:
+        """An update that keeps newer values than the homes brings them home first."""
+        for looker in self.lookers:
+            if (put_away := looker()) is not None:
+                put_away()
 
     def drop(self, key: str) -> None:
         """Forget a tensor and whatever else was kept of its unit; the keys are free again."""
@@ -191,8 +206,10 @@ class TieredStore:
         for home in self._homes.values():
             home.forget()
 
-    def steps(self, optimizer: Any) -> ChunkedUpdate:
+    def steps(self, optimizer: Any) -> ChunkedUpdate | ZenFlowUpdate:
         """The update of what is not on the device."""
+        if self.policy.zenflow is not None:
+            return ZenFlowUpdate(self, cast(ShardedOptimizer, optimizer), self.policy.zenflow)
         return ChunkedUpdate(self, cast(ShardedOptimizer, optimizer))
 
     def close(self) -> None:
