@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,6 +51,8 @@ class Rule:
         vars(twin).update(self._attributes)
         twin.state = defaultdict(dict)
         twin.param_groups = [{**options, "params": []} for options in self.options]
+        twin._optimizer_step_pre_hooks = OrderedDict()  # a class of one's own may call torch's `step`
+        twin._optimizer_step_post_hooks = OrderedDict()
         for name in ("copy_out", "low_precision_grads"):
             if name in self._attributes:
                 setattr(twin, name, {})
