@@ -264,6 +264,32 @@ def test_a_checkpoint_reshards(tmp_path: Path, saver: str, resumer: str) -> None
     {"one": resume_with_one, "two": resume_with_two}[resumer](folder=tmp_path)
 
 
+@distributed(2, timeout=120)
+def test_checkpoints_go_from_and_to_plain_offload(tmp_path: Path) -> None:
+    """What was added up and not applied is then not used; everything else is."""
+    flowing = Run(2, FLOW, tmp_path).steps(0, 4)
+    checkpoints = CheckpointStore(tmp_path / "saved")
+    checkpoints.save(4, flowing.engine.parts())
+    plain = Run(2, None, tmp_path)
+    checkpoints.load(plain.engine.parts(), 4)
+    assert_same(plain.whole(), flowing.whole())
+    plain.steps(4, 6)
+    checkpoints.save(6, plain.engine.parts())
+    again = Run(2, FLOW, tmp_path).steps(20, 23)
+    checkpoints.load(again.engine.parts(), 6)
+    assert_same(again.whole(), plain.whole())
+    again.steps(6, 7)
+    assert again.losses[-1] == plain.steps(6, 7).losses[-1]
+
+    unused = Run(2, None, tmp_path).steps(0, 2)
+    checkpoints.save(2, unused.engine.parts())
+    checkpoints.load(again.engine.parts(), 2)
+    again.steps(2, 3)
+    unused.steps(2, 3)
+    assert again.update.progress.step == 1  # it begins with a whole step
+    assert_same(again.whole(), unused.whole())
+
+
 # -- looks and skips ----------------------------------------------------------------------------------------
 
 
@@ -299,21 +325,3 @@ def test_an_overflow_is_no_step(tmp_path: Path) -> None:
     taken = sum(not report.skipped for report in run.reports)
     assert 0 < taken < 40
     assert run.update.progress.step == taken
-
-
-# -- learning -----------------------------------------------------------------------------------------------
-
-
-class Characters(nn.Module):
-    """A small GPT's shapes: embedding, attention-free mixing, MLP, head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(32, 48)
-        self.mix = nn.GRU(48, 48, batch_first=True)
-        self.mlp = nn.Sequential(nn.LayerNorm(48), nn.Linear(48, 96), nn.GELU(), nn.Linear(96, 48))
-        self.head = nn.Linear(48, 32)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden, _ = self.mix(self.embed(tokens))
-        return self.head(hidden + self.mlp(hidden))

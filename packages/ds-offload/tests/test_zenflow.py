@@ -55,6 +55,15 @@ def loss_of(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> 
     return ((model(x.to(dtype)).float() - y) ** 2).mean()
 
 
+def branching(model: nn.Module, step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Two of four steps leave the last layer out."""
+    if step % 4 < 2:
+        return loss_of(model, step, dtype)
+    assert isinstance(model, nn.Sequential)
+    x, y = batch(step)
+    return ((model[:3](x.to(dtype)).float()[:, :16] - y) ** 2).mean()
+
+
 def store_settings(tier: str, folder: Path) -> dict[str, Any]:
     if tier == "host":
         return {"chunk_numel": 4096}
@@ -70,6 +79,7 @@ class Run:
     make: Make = adamw
     dtype: torch.dtype | None = None
     clip: float | None = 0.5
+    loss: Callable[..., Tensor] = loss_of
     model: nn.Sequential = field(default_factory=network)
     losses: list[float] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
@@ -81,7 +91,7 @@ class Run:
         self.sharded = ShardedOptimizer(self.optimizer, self.owner)
 
     def step(self, number: int) -> None:
-        loss = loss_of(self.model, number, self.dtype or torch.float32)
+        loss = self.loss(self.model, number, self.dtype or torch.float32)
         loss.backward()
         if self.clip is not None:
             self.norms.append(clip_grad_norm_(self.optimizer, self.clip))
@@ -142,8 +152,14 @@ class PlainParameter:
 class PlainZenFlow:
     """Whole tensors, both updates computed everywhere, one chosen by a mask; no threads, no homes."""
 
-    def __init__(self, flow: ZenFlow, make: Make, dtype: torch.dtype = torch.float32) -> None:
-        self.flow, self.make, self.dtype = flow, make, dtype
+    def __init__(
+        self,
+        flow: ZenFlow,
+        make: Make,
+        dtype: torch.dtype = torch.float32,
+        loss: Callable[..., Tensor] = loss_of,
+    ) -> None:
+        self.flow, self.make, self.dtype, self.loss = flow, make, dtype, loss
         self.model = network()
         self.kept = {name: PlainParameter(p.detach().clone()) for name, p in self.model.named_parameters()}
         if self.dtype != torch.float32:
@@ -165,7 +181,7 @@ class PlainZenFlow:
         return param.detach(), new, {name: value for name, value in state.items() if name not in new}
 
     def step(self, number: int, norm: Tensor | None = None) -> float:
-        loss = loss_of(self.model, number, self.dtype)
+        loss = self.loss(self.model, number, self.dtype)
         loss.backward()
         grads = {name: p.grad.float() for name, p in self.model.named_parameters() if p.grad is not None}
         factor = torch.tensor(1.0)
@@ -177,15 +193,19 @@ class PlainZenFlow:
         warm = self.number <= self.flow.warmup
         self.filled += not warm
         closing = not warm and self.filled == self.flow.update_interval
-        again = closing and self.since + self.filled >= self.flow.select_interval
+        late = [
+            k for name, k in self.kept.items() if name in grads and k.master.dim() >= 2 and k.mask is None
+        ]
+        again = closing and (bool(late) or self.since + self.filled >= self.flow.select_interval)
         for name, kept in self.kept.items():
-            grad = grads[name] * factor
-            master, states, numbers = self.rule(kept.master, kept.states, kept.now, grad)
-            if warm or kept.master.dim() < 2:
-                kept.master, kept.states, kept.now = master, states, numbers
-            else:
-                self.split(kept, grad, (master, states, numbers), closing, again)
-            if kept.master.dim() >= 2 and (again or self.number == self.flow.warmup):
+            new = None
+            if name in grads:
+                new = self.rule(kept.master, kept.states, kept.now, grads[name] * factor)
+            if new is not None and (warm or kept.mask is None):
+                kept.master, kept.states, kept.now = new
+            elif kept.mask is not None:
+                self.split(kept, None if new is None else (*new, grads[name] * factor), closing, again)
+            if name in grads and kept.master.dim() >= 2 and (again or self.number == self.flow.warmup):
                 self.select(kept, grads[name])
         if closing:
             self.since = 0 if again else self.since + self.filled
@@ -196,17 +216,20 @@ class PlainZenFlow:
                 param.grad = None
         return loss.item()
 
-    def split(self, kept: PlainParameter, grad: Tensor, new: Any, closing: bool, again: bool) -> None:
+    def split(self, kept: PlainParameter, new: Any, closing: bool, again: bool) -> None:
         assert kept.mask is not None
-        self.mix(kept, new, kept.mask)
-        kept.now = new[2]
-        kept.total = grad.clone() if kept.total is None else kept.total + grad
-        kept.count += 1
+        if new is not None:
+            self.mix(kept, new, kept.mask)
+            kept.now, grad = new[2], new[3]
+            kept.total = grad.clone() if kept.total is None else kept.total + grad
+            kept.count += 1
         if not closing:
             return
         if kept.landing is not None:
             self.mix(kept, kept.landing, ~kept.mask)
             kept.later, kept.landing = kept.landing[2], None
+        if kept.total is None:
+            return
         found = self.rule(kept.master, kept.states, kept.later, kept.total / kept.count)
         kept.total, kept.count = None, 0
         if self.flow.overlap and not again:
@@ -260,6 +283,20 @@ def test_low_precision_parameters_have_the_same_masters(tmp_path: Path) -> None:
     wanted = [twin.step(number) for number in range(11)]
     run = Run(FLOWS["beside"], store_settings("host", tmp_path), dtype=torch.bfloat16, clip=None)
     assert run.steps(0, 11).losses == wanted
+    assert_same(run.masters(), {name: kept.master for name, kept in twin.kept.items()})
+
+
+@pytest.mark.parametrize("looked_at", [False, True])
+@pytest.mark.parametrize("flow", FLOWS)
+def test_parameters_without_a_gradient_wait(flow: str, looked_at: bool) -> None:
+    """The mean is over the gradients there were; what a look put away is whole again when it lands."""
+    run = Run(FLOWS[flow], {}, loss=branching)
+    for number in range(13):
+        run.step(number)
+        if looked_at:
+            run.masters()
+    twin = PlainZenFlow(FLOWS[flow], adamw, loss=branching)
+    assert run.losses == [twin.step(number, run.norms[number]) for number in range(13)]
     assert_same(run.masters(), {name: kept.master for name, kept in twin.kept.items()})
 
 

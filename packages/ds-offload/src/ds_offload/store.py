@@ -60,7 +60,7 @@ class TieredStore:
         self._rounding = {kind: Rounding(self.splits[kind].device) for kind in ("param", "grad", "master")}
         self._norms: dict[str, tuple[Tensor, int]] = {}  # by unit: of its gradient, of which version of it
         self._choices: dict[tuple[str, str], bool] = {}
-        self.lookers: list[WeakMethod[Any]] = []  # called before anybody looks at a tensor's home
+        self.lookers: list[WeakMethod[Any]] = []  # see _tell
 
     @property
     def away(self) -> TieredStore:
@@ -91,10 +91,6 @@ class TieredStore:
         self._homes[key] = home
         return home
 
-    def split_of(self, key: str) -> Split:
-        """The shares of a tensor's kind."""
-        return self.splits[_kind(key)]
-
     def stays(self, key: str, numel: int) -> bool:
         """Does this tensor stay on the device?"""
         unit, _, name = key.rpartition("/")
@@ -105,7 +101,7 @@ class TieredStore:
 
     def home(self, key: str) -> Tensor:
         """The live bytes. Everything on its way there has arrived."""
-        self._looked_at()
+        _tell(self.lookers)
         if key in self._here:
             return self._here[key]
         found = self._homes[key]
@@ -118,16 +114,10 @@ class TieredStore:
 
     def lease(self, key: str, device: torch.device) -> HeldLease | MovedLease:
         """The tensor on a device: itself, or a copy that goes back if dirty."""
-        self._looked_at()
+        _tell(self.lookers)
         if key in self._here:
             return HeldLease(self._here[key])
         return MovedLease(self._homes[key], device)
-
-    def _looked_at(self) -> None:
-        """An update that keeps newer values than the homes brings them home first."""
-        for looker in self.lookers:
-            if (put_away := looker()) is not None:
-                put_away()
 
     def drop(self, key: str) -> None:
         """Forget a tensor and whatever else was kept of its unit; the keys are free again."""
@@ -219,6 +209,13 @@ class TieredStore:
             self.volume.close()
         if self.io is not None:
             self.io.close()
+
+
+def _tell(lookers: list[WeakMethod[Any]]) -> None:
+    """Somebody looks at a home: whoever keeps newer values than homes have puts them there first."""
+    for looker in lookers:
+        if (put_away := looker()) is not None:
+            put_away()
 
 
 def _kind(key: str) -> Kind:

@@ -164,7 +164,8 @@ class Rest:
         found = self._beside.get((key, name))
         if found is None or (found.numel, found.dtype) != (home.numel, home.dtype):
             store = self._view.store
-            on_disk = file_numel(home.numel, store.split_of(f"{key}/{name}"))
+            split = store.splits["master" if name == "master" else "moment"]
+            on_disk = file_numel(home.numel, split)
             found = Home(home.numel, home.dtype, on_disk, store.volume, pinned=home.pinned)
             self._beside[key, name] = found
         return found

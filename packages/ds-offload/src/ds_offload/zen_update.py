@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakMethod
 
@@ -13,10 +13,11 @@ from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
 from ds_core.train.optim import ShardedOptimizer, cut_for
 from ds_offload.step import ChunkedUpdate
+from ds_offload.zen_choice import Choice
 from ds_offload.zen_now import Selected
 from ds_offload.zen_rest import Rest, counted
 from ds_offload.zen_rule import refuse_rule
-from ds_offload.zen_select import Judge, add_energies, choose, columns_of
+from ds_offload.zen_select import Judge
 from ds_offload.zen_state import (
     SUMS,
     Progress,
@@ -25,7 +26,7 @@ from ds_offload.zen_state import (
     take_from_groups,
     take_from_states,
 )
-from ds_offload.zen_view import FlowStore, View, by_unit, gradient_of
+from ds_offload.zen_view import FlowStore, View, by_unit
 from ds_offload.zenflow import AUTO_LONGEST, Traffic, ZenFlow
 
 
@@ -45,16 +46,14 @@ class ZenFlowUpdate:
         refuse_rule(sharded.optimizer, cut_for(sharded.optimizer))
         self.flow = flow
         self._plain = ChunkedUpdate(store, sharded)
-        self._view = View(store, sharded, self._anew())
+        self._view = View(store, sharded, _anew(flow))
         self._selected = Selected(self._view)
         self._rest = Rest(self._view, self._selected, pinned=sharded.owner.device.type == "cuda")
+        self._choice = Choice(self._view, flow.topk_ratio)
         self._factor: Tensor | float | None = None
         self._live = False  # is anything here newer than what others see?
         self._put: Any = None  # what `put_away` left in the groups
         store.lookers.append(WeakMethod(self.put_away))
-
-    def _anew(self) -> Progress:
-        return Progress(Judge(self.flow.auto_ratio, self.flow.topk_ratio))
 
     @property
     def progress(self) -> Progress:
@@ -128,7 +127,7 @@ class ZenFlowUpdate:
         self._plain.run()
         flow.step += 1
         if flow.step == self.flow.warmup:
-            self._select()
+            self._choice.select(self._rest.numbers)
 
     def _step(self, pieces: Sequence[Piece]) -> None:
         flow, known, late = self.progress, list[Piece](), list[Piece]()
@@ -141,7 +140,7 @@ class ZenFlowUpdate:
         flow.step += 1
         flow.filled += 1
         if "auto" in (self.flow.update_interval, self.flow.select_interval):
-            self._judge(inside, whole)
+            self._choice.judge(inside, whole)
         interval = self.flow.update_interval
         over = flow.filled >= (AUTO_LONGEST if interval == "auto" else interval)
         if over or (interval == "auto" and flow.judge.ends()):
@@ -170,7 +169,7 @@ class ZenFlowUpdate:
         self._rest.show(changed)
         if again:
             self._selected.put_back()
-            self._select()
+            self._choice.select(self._rest.numbers)
 
     def _scaled(self, gradient: Tensor, dtype: torch.dtype) -> Tensor:
         """With every factor in it, in the order in which plain training multiplies."""
@@ -185,51 +184,6 @@ class ZenFlowUpdate:
             own, factor = own * factor, None
         given = (gradient if factor is None else gradient * factor).to(dtype)
         return given if isinstance(own, float) and own == 1.0 else given * own
-
-    # -- selection -----------------------------------------------------------------------------------------
-
-    def _select(self) -> None:
-        """Choose columns by this step's gradients; used from the next step on. Collective."""
-        view, flow = self._view, self.progress
-        slots = view.slots()
-        sizes = {fqn: columns_of(unit.layout.slots[index].shape) for fqn, (unit, index) in slots.items()}
-        energies = {fqn: torch.zeros(size, dtype=torch.float64) for fqn, size in sizes.items()}
-        stride = view.store.policy.chunk_numel
-        for piece in view.pieces():
-            gradient = gradient_of(piece)
-            if piece.fqn in energies and gradient is not None:
-                for at in range(0, gradient.numel(), stride):
-                    begin = piece.overlap.begin + at
-                    add_energies(energies[piece.fqn], gradient[at : at + stride], begin)
-        if energies:
-            summed = view.total(torch.cat(list(energies.values())), "the columns' gradient energy")
-            at = 0
-            for fqn, size in sizes.items():
-                chosen = choose(summed[at : at + size], self.flow.topk_ratio)
-                at += size
-                if chosen is not None:
-                    unit, index = slots[fqn]
-                    flow.selection[fqn] = chosen
-                    flow.shapes[fqn] = tuple(unit.layout.slots[index].shape)
-        flow.since, flow.judge.worth = 0, None
-        for piece in view.pieces():
-            if piece.fqn in flow.selection and piece.fqn not in self._rest.numbers:
-                self._rest.numbers[piece.fqn] = view.numbers(piece)
-            if (home := view.store.home_of(f"{piece.unit.key}/grad")) is not None:
-                home.forget()
-
-    def _judge(self, inside: Mapping[str, float], whole: Mapping[str, float]) -> None:
-        """This step's energies, summed over ranks. Collective."""
-        flow = self.progress
-        names = list(flow.selection)
-        table = [[inside.get(name, 0.0), whole.get(name, inside.get(name, 0.0))] for name in names]
-        sums = self._view.total(torch.tensor(table, dtype=torch.float64), "gradient energy in and outside")
-        for name, (within, total) in zip(names, sums.tolist(), strict=True):
-            rows, columns = flow.shapes[name][0], columns_of(flow.shapes[name])
-            chosen = len(flow.selection[name])
-            if chosen < columns:
-                each = flow.judge.of(name)
-                each.add(within, max(0.0, total - within), rows * chosen, rows * (columns - chosen))
 
     # -- looked at -----------------------------------------------------------------------------------------
 
@@ -263,7 +217,7 @@ class ZenFlowUpdate:
         self._rest.numbers = take_from_states(view.optimizer, pieces)
         if saved is None or saved is not self._put:
             self._rest.abandon()
-            view.progress = self._anew()
+            view.progress = _anew(self.flow)
             if saved is not None:
                 view.progress.load(saved, view.optimizer)
         self._rest.resume()
@@ -304,3 +258,7 @@ class ZenFlowUpdate:
             each = [state[name].element_size() for name in view.cut_states(piece)]
             selecting += 2 * count * (unit.master_dtype.itemsize + sum(each))
         return Traffic(leaving, coming, leaving, plain, selecting)
+
+
+def _anew(flow: ZenFlow) -> Progress:
+    return Progress(Judge(flow.auto_ratio, flow.topk_ratio))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor
 
+from ds_core.state.store import Kind
 from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
 from ds_core.train.optim import ShardedOptimizer
@@ -25,10 +26,9 @@ from ds_offload.zen_state import Progress
 class FlowStore(UpdateStore, Protocol):
     """What is asked of the store."""
 
+    splits: dict[Kind, Split]
     volume: Volume | None
-    lookers: list[WeakMethod[Callable[[], None]]]
-
-    def split_of(self, key: str) -> Split: ...
+    lookers: list[WeakMethod[Any]]
 
 
 class View:
