@@ -22,6 +22,7 @@ _HOME: dict[str, str] = {
     "predict_update": "ds_offload.measure",
     "park": "ds_offload.parking",
     "unpark": "ds_offload.parking",
+    "ZenFlow": "ds_offload.zenflow",
 }
 
 __all__ = ["__version__", *_HOME]

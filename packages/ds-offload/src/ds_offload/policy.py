@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from ds_core.setup.config import Config
+from ds_offload.zenflow import ZenFlow
 
 Tier = Literal["device", "host", "nvme"]
 TIERS: tuple[Tier, ...] = ("device", "host", "nvme")
@@ -97,6 +98,9 @@ class Tiered(Config):
     block_bytes: int = Field(default=1 << 20, ge=4096, description="bytes of a block")
     pending_bytes: int = Field(
         default=256 << 20, ge=1 << 20, description="bytes on their way to the disk before a write waits"
+    )
+    zenflow: ZenFlow | None = Field(
+        default=None, description="important columns now, the rest later (lossy); None: everything at once"
     )
 
     @field_validator("params", "grads", "masters", "moments")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from typing import Any, cast
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ds_offload.moves import Moves
 from ds_offload.policy import Rounding, Split, Tiered, file_numel
 from ds_offload.step import ChunkedUpdate
 from ds_offload.volume import Volume
+from ds_offload.zen_update import ZenFlowUpdate
 
 _KINDS: dict[str, Kind] = {"param": "param", "master": "master", "grad": "grad"}
 _log = logging.getLogger("ds_offload")
@@ -59,6 +61,7 @@ class TieredStore:
         self._rounding = {kind: Rounding(self.splits[kind].device) for kind in ("param", "grad", "master")}
         self._norms: dict[str, tuple[Tensor, int]] = {}  # by unit: of its gradient, of which version of it
         self._choices: dict[tuple[str, str], bool] = {}
+        self.lookers: list[WeakMethod[Any]] = []  # see _tell
 
     @property
     def away(self) -> TieredStore:
@@ -101,6 +104,7 @@ class TieredStore:
 
     def home(self, key: str) -> Tensor:
         """The live bytes. Everything on its way there has arrived."""
+        _tell(self.lookers)
         if key in self._here:
             return self._here[key]
         found = self._homes[key]
@@ -113,6 +117,7 @@ class TieredStore:
 
     def lease(self, key: str, device: torch.device) -> HeldLease | MovedLease:
         """The tensor on a device: itself, or a copy that goes back if dirty."""
+        _tell(self.lookers)
         if key in self._here:
             return HeldLease(self._here[key])
         return MovedLease(self._homes[key], device)
@@ -208,8 +213,10 @@ class TieredStore:
         home = self._homes.get(key)
         return None if home is None or not home.file_bytes else home.forget
 
-    def steps(self, optimizer: Any) -> ChunkedUpdate:
+    def steps(self, optimizer: Any) -> ChunkedUpdate | ZenFlowUpdate:
         """The update of what is not on the device."""
+        if self.policy.zenflow is not None:
+            return ZenFlowUpdate(self, cast(ShardedOptimizer, optimizer), self.policy.zenflow)
         return ChunkedUpdate(self, cast(ShardedOptimizer, optimizer))
 
     def close(self) -> None:
@@ -219,6 +226,13 @@ class TieredStore:
             self.volume.close()
         if self.io is not None:
             self.io.close()
+
+
+def _tell(lookers: list[WeakMethod[Any]]) -> None:
+    """Somebody looks at a home: whoever keeps newer values than homes have puts them there first."""
+    for looker in lookers:
+        if (put_away := looker()) is not None:
+            put_away()
 
 
 def _kind(key: str) -> Kind:

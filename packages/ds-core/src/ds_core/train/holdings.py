@@ -64,6 +64,13 @@ class Holdings:
         """Without those of frozen parameters, whose states rest until they train again."""
         return [piece for piece in self.pieces if piece.unit.trainable]
 
+    def look(self) -> None:
+        """Before states are read: a store that keeps newer ones elsewhere hears of it when masters are asked
+        for, and puts masters and states where they belong.
+        """
+        for unit in {piece.unit for piece in self.trained}:
+            unit.values()
+
     # -- groups --------------------------------------------------------------------------------------------
 
     def regrouped(self) -> bool:
@@ -161,6 +168,7 @@ class Holdings:
 
         Collective where units are cut, over the ranks that cut them between them.
         """
+        self.look()
         number = {id(unit): at for at, unit in enumerate(units)}
         mine = [
             [number[id(piece.unit)], piece.overlap.index, name, *_about(name, value, piece)]

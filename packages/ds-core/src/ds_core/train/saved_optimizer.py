@@ -31,6 +31,7 @@ class SavedOptimizer:
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
         """`<parameter>/<state>` as shards of the parameter's shape, and the groups' options as JSON."""
         self.owner.parked.need("a checkpoint", "moment")
+        self.held.look()
         state: dict[str, Tensor | FlatShard | Json] = {}
         for piece in self.held.trained:
             for name, value in self.optimizer.state.get(piece.param, {}).items():
