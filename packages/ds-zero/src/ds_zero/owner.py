@@ -83,7 +83,8 @@ class ZeroOwner(FlatOwner):
         refuse_unfillable(model, config.initializer)
         mesh = mesh or Topology().build()
         _refuse_no_nodes(mesh, config)
-        _refuse_too_large(model, mesh, config)
+        if store is None or store.away is None:  # what lives elsewhere is not counted here
+            _refuse_too_large(model, mesh, config)
         self.lifetime: Lifetime = config.lifetime
         self._gather_codec = gather
         self._freed_bytes = 0  # of units that were filled since freed memory was last handed back

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _KEPT_BYTES = 256 << 20  # freed host memory that stays with the process, and the largest block that may
+_FREED_BYTES = 1 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl", "hpu": "hccl", "npu": "hccl"}
@@ -84,6 +85,17 @@ def keep_freed_memory(accelerator: Accelerator) -> bool:
     which then clears every page again: a tenth of a step's CPU time for a 30M model. On CPU with glibc only,
     and not when MALLOC_TRIM_THRESHOLD_ or MALLOC_MMAP_THRESHOLD_ says otherwise. True when it took effect.
     """
+    return _set_thresholds(accelerator, _KEPT_BYTES)
+
+
+def free_at_once(accelerator: Accelerator) -> bool:
+    """Let freed host memory of a MiB and more go back to the kernel at once: for whoever keeps weights
+    elsewhere. By default glibc learns to keep it, in holes that add up. Conditions as above.
+    """
+    return _set_thresholds(accelerator, _FREED_BYTES)
+
+
+def _set_thresholds(accelerator: Accelerator, num_bytes: int) -> bool:
     chosen = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys()
     if sys.platform != "linux" or not accelerator.is_cpu or chosen:
         return False
@@ -91,9 +103,9 @@ def keep_freed_memory(accelerator: Accelerator) -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     # An older glibc refuses so large a threshold; then its own, which adapts, is better than half of this.
-    if not libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES):
+    if not libc.mallopt(_M_MMAP_THRESHOLD, num_bytes):
         return False
-    return bool(libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES))
+    return bool(libc.mallopt(_M_TRIM_THRESHOLD, num_bytes))
 
 
 def return_freed_memory(accelerator: Accelerator) -> None:

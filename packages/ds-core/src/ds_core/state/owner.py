@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ds_core.ground.accelerator import keep_freed_memory
+from ds_core.ground.accelerator import free_at_once, keep_freed_memory
 from ds_core.ground.mesh import Mesh, Topology
 from ds_core.ground.wire import Codec
 from ds_core.limits import refuse
@@ -71,12 +71,13 @@ class FlatOwner(SavedUnits, Parkable):
         self.model = model
         self.mesh = mesh or Topology().build()
         self.device = self.mesh.accelerator.device
-        keep_freed_memory(self.mesh.accelerator)
         self.sharded = sharded
         self.precision = precision
         self.store: Store = store or DeviceStore()
         settings = _Options(**options)
         away = self.store.away
+        apart = away is not None and away.apart("param")
+        (free_at_once if apart else keep_freed_memory)(self.mesh.accelerator)
         self.features = (
             self.extra_features | self.store.features | _features(model, precision, settings, self.mesh)
         )
