@@ -1,7 +1,8 @@
-"""One training step with state off the device: ours by tier, and DeepSpeed's CPU and NVMe offload, interleaved.
+"""One training step with state elsewhere: ours by tier, and DeepSpeed's CPU and NVMe offload, interleaved.
 
 Each sample is a fresh process: warm-up steps, then timed ones; rounds go A B C A B C. The losses of ours must
-equal those of training in memory. `python peers.py --disk FOLDER --size 30m`; JSON lines, `--write` keeps them.
+equal those of training in memory. `python peers.py --disk FOLDER --size 30m` prints JSON lines; `--write`
+keeps them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The optimizer phase with all state on a disk, beside fio moving the same bytes, and beside what was predicted.
+"""The optimizer phase with all state on a disk, beside fio moving the same bytes, and beside the prediction.
 
 Rounds are interleaved (fio, then ours), so that what else the machine and its disk do disturbs both alike.
 `python update.py --disk FOLDER`; prints JSON lines, `--write` appends them to results/update.jsonl.
@@ -60,7 +60,8 @@ def one(args: argparse.Namespace, depth: int, chunk_numel: int) -> dict[str, Any
     owner = ReplicatedOwner(model, dtype=torch.bfloat16, store=store)
     sharded = ShardedOptimizer(optimizer, owner)
     store_volume = store.volume
-    assert store_volume is not None and sharded.elsewhere is not None
+    assert store_volume is not None
+    assert sharded.elsewhere is not None
     ours: list[float] = []
     fio_seconds: list[float] = []
     moved = (0, 0)

@@ -96,6 +96,9 @@ class Tiered(Config):
     depth: int = Field(default=3, ge=1, le=16, description="chunks under way: fetched, updated, flushed")
     queue_depth: int = Field(default=64, ge=1, le=4096, description="blocks that are with the disk at once")
     block_bytes: int = Field(default=1 << 20, ge=4096, description="bytes of a block")
+    params_format: Literal["int8", "int4"] | None = Field(
+        default=None, description="how frozen matrices that leave the device are kept; None: as they are"
+    )
     pending_bytes: int = Field(
         default=256 << 20, ge=1 << 20, description="bytes on their way to the disk before a write waits"
     )
@@ -114,6 +117,11 @@ class Tiered(Config):
         if wanting and self.nvme is None:
             raise ValueError(
                 f"{', '.join(wanting)} are to live on nvme, and no folder is given: set nvme=<folder>"
+            )
+        if self.params_format is not None and not self.splits()["params"].away:
+            raise ValueError(
+                f'params_format = "{self.params_format}" is for weights off the device, and params = '
+                '"device": set params to "host" or "nvme"'
             )
         if self.splits()["masters"].device != self.splits()["moments"].device:
             raise ValueError(

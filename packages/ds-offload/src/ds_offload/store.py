@@ -18,6 +18,7 @@ from ds_kernels.aio import AsyncIO
 from ds_offload.home import Home
 from ds_offload.lease import MovedLease
 from ds_offload.moves import Moves
+from ds_offload.packing import PackingStore
 from ds_offload.policy import Rounding, Split, Tiered, file_numel
 from ds_offload.step import ChunkedUpdate
 from ds_offload.volume import Volume
@@ -27,7 +28,7 @@ _KINDS: dict[str, Kind] = {"param": "param", "master": "master", "grad": "grad"}
 _log = logging.getLogger("ds_offload")
 
 
-class TieredStore:
+class TieredStore(PackingStore):
     """A `ds_core` Store whose tensors live where a `Tiered` says. Built from one, or from its settings.
 
     `TieredStore(nvme="/fast/disk", masters="nvme", moments="nvme")` and pass it as `shard(..., store=...)`.
@@ -57,6 +58,7 @@ class TieredStore:
         self.moves = Moves()
         self._here: dict[str, Tensor] = {}
         self._homes: dict[str, Home] = {}
+        self._packed, self._packings = {}, {}
         # Masters and moments share one choice: a unit is updated where both are.
         self._rounding = {kind: Rounding(self.splits[kind].device) for kind in ("param", "grad", "master")}
         self._norms: dict[str, tuple[Tensor, int]] = {}  # by unit: of its gradient, of which version of it
@@ -75,11 +77,14 @@ class TieredStore:
 
         Raises ValueError when the key is taken, OSError when the disk is full.
         """
-        if key in self._here or key in self._homes:
+        if key in self._here or key in self._homes or key in self._packed:
             raise ValueError(f"the store already holds {key!r}; one store serves one model")
         if self.stays(key, init.numel()):
+            self._packings.pop(key, None)
             self._here[key] = init
             return init
+        if key in self._packings:
+            return self.pack(key, init)
         home = self.make_home(key, init.numel(), init.dtype, init.device)
         self.moves.to_home(home, 0, init.detach())
         self.moves.settle()
@@ -107,7 +112,7 @@ class TieredStore:
         _tell(self.lookers)
         if key in self._here:
             return self._here[key]
-        found = self._homes[key]
+        found = self._packed.get(key) or self._homes[key]
         found.settle()
         return found.tensor
 
@@ -126,6 +131,7 @@ class TieredStore:
         """Forget a tensor and whatever else was kept of its unit; the keys are free again."""
         unit = key.rpartition("/")[0]
         self._here.pop(key, None)
+        self._packed.pop(key, None)
         for name in [name for name in self._homes if name == key or _follows(name, unit)]:
             self._homes.pop(name).settle()
         for choice in [choice for choice in self._choices if choice[0] == unit]:
@@ -133,7 +139,7 @@ class TieredStore:
 
     def bytes_by_tier(self) -> dict[str, int]:
         """What is held now; a thread that watches may ask."""
-        homes = list(self._homes.values())
+        homes = self.kept()
         return {
             "device": sum(tensor.nbytes for tensor in list(self._here.values())),
             "host": sum(home.host_bytes for home in homes),
@@ -157,6 +163,8 @@ class TieredStore:
 
     def fetch(self, key: str, out: Tensor) -> Ticket | None:
         """Start filling `out` [numel] from a tensor's home; None where a plain copy of it is as good."""
+        if key in self._packed:
+            return self._packed[key].fetch(self.moves, out)
         home = self._homes.get(key)
         if home is None or (home.file_bytes == 0 and out.device.type == "cpu"):
             return None
@@ -201,12 +209,12 @@ class TieredStore:
         errors = self.abandon()
         if errors:
             raise errors[0]
-        for home in self._homes.values():
+        for home in self.kept():
             home.forget()  # pages that plain looks brought into memory
 
     def abandon(self) -> list[BaseException]:
         """Every write is over, whatever became of it; what went wrong."""
-        return [error for home in self._homes.values() for error in home.abandon()]
+        return [error for home in self.kept() for error in home.abandon()]
 
     def paged(self, key: str) -> Callable[[], None] | None:
         """Of a tensor that is on disk, at least in part: what lets go of its pages in memory."""

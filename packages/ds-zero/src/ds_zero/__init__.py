@@ -15,6 +15,7 @@ _HOME: dict[str, str] = {
     "full_optimizer_state": "ds_zero.full",
     "full_tensor": "ds_zero.full",
     "gather": "ds_zero.full",
+    "inference": "ds_zero.frozen",
     "join": "ds_zero.uneven",
     "load_pretrained": "ds_zero.load",
     "materialize": "ds_zero.deferred",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -139,10 +138,9 @@ def read_unit(
     So all ranks together read a file once. Parameters that are real already become rank 0's. The whole copy,
     where it stays, is still to be gathered, and the unit to be shown.
     """
-    unit.begin(store)
-    with unit.master() if unit.trainable else contextlib.nullcontext() as lease:
-        part = unit.local if lease is None else lease.tensor.detach()
-        fresh: dict[int, nn.Parameter] = {}
+    fresh: dict[int, nn.Parameter] = {}
+
+    def fill(part: Tensor) -> None:
         for index, param in enumerate(unit.params):
             overlap, source = unit.layout.overlap(unit.rank, index), shared_source(param)
             if source is not None:
@@ -157,9 +155,9 @@ def read_unit(
             if overlap is not None:
                 low, high = overlap.local
                 part[low:high].copy_(values.view(-1)[overlap.begin : overlap.begin + high - low])
-        if lease is not None:
-            lease.dirty = True
-    unit.refresh_local()
+
+    unit.begin(store, fill)
+    unit.edition += 1
     _put(model, unit, fresh)
 
 

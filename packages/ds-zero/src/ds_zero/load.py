@@ -261,10 +261,14 @@ def _write_shards(owner: FlatOwner, units: Mapping[FlatUnit, list[tuple[int, Sou
     owner.zero_grad()
     for unit, parts in units.items():
         values = unit.values().detach()
+        if not unit.trainable:  # a store may keep frozen values in a form that is written as a whole
+            values = values.clone()
         for index, source in parts:
             overlap = unit.layout.overlap(unit.rank, index)
             if overlap is not None:
                 source.read(overlap.begin, values[slice(*overlap.local)])
+        if not unit.trainable:
+            unit.local.copy_(values)
         unit.refresh_local()
         torch.autograd.graph.increment_version(unit.params)
         owner.publish_unit(unit)

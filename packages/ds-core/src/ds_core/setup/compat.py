@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from ds_core.setup.plan import Named, Plan
 from ds_core.setup.progress import make_audible
 from ds_core.setup.source import Source
 from ds_core.state.owner import FlatOwner, ReplicatedOwner
+from ds_core.state.store import Store
 from ds_core.train.engine import Sink
 from ds_core.train.optim import ShardedOptimizer, cut_for, cut_of_model
+from ds_core.train.recompute import checkpoint_blocks
 from ds_core.train.sampler import ResumableLoader, ResumableSampler
 from ds_core.train.schedule import saveable
 
@@ -76,7 +79,10 @@ def initialize(  # noqa: PLR0913 - the signature is DeepSpeed's
         gc.disable()
     inner = _optimizer(plan, optimizer, list(model_parameters or model.parameters()))
     _check_memory(plan, model, inner, mesh)
-    owner = _owner(plan, model, inner, mesh)
+    store = _store(plan, model, mesh)
+    if plan.cpu_checkpointing:
+        _keep_activations_on_host(model, mesh)
+    owner = _owner(plan, model, inner, mesh, store)
     sharded = ShardedOptimizer(inner, owner)
     scheduler = _scheduler(plan, lr_scheduler, inner)
     loader = _loader(plan, training_data, collate_fn, mesh)
@@ -178,6 +184,8 @@ def _check_memory(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh
     """Raises DoesNotFit before any weight is touched. What the model holds already counts as free."""
     accelerator = mesh.accelerator
     here = sum(p.numel() * p.element_size() for p in model.parameters() if p.device == accelerator.device)
+    if plan.offload is not None:
+        return  # what lives elsewhere is not counted here
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.is_cpu else 1
     states = {"SGD": 0, "Adam": 2, "AdamW": 2}.get(type(optimizer).__name__, 0)
     check_fits(
@@ -189,19 +197,34 @@ def _check_memory(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh
     )
 
 
-def _owner(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh) -> FlatOwner:
+def _owner(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh, store: Store | None) -> FlatOwner:
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(mesh.accelerator.device)
     if plan.stage > 0:
         spec = {**plan.owner_spec(), "cut": cut_of_model(model, optimizer)}
-        sharded: FlatOwner = plugins.resolve("owner", spec).shard(model, mesh)
+        sharded: FlatOwner = plugins.resolve("owner", spec).shard(model, mesh, store=store)
         return sharded
     dtype = None if plan.dtype == "float32" else getattr(torch, plan.dtype)
     chosen = {name: getattr(plan.zero, name) for name in ("bucket_numel", "overlap", "keep_fp32")}
     options = {name: value for name, value in chosen.items() if value is not None}
-    return ReplicatedOwner(model, mesh, dtype=dtype, **options)
+    return ReplicatedOwner(model, mesh, dtype=dtype, store=store, **options)
+
+
+def _store(plan: Plan, model: nn.Module, mesh: Mesh) -> Store | None:
+    """Raises LookupError naming ds-offload when it is not installed."""
+    if plan.offload is None:
+        return None
+    ranks = mesh.size("data" if plan.zero.secondary_shard else "dp_shard") if plan.stage else 1
+    numel = sum(param.numel() for param in model.parameters())
+    store: Store = plugins.resolve("store", plan.offload.spec(-(-numel // ranks)))
+    return store
+
+
+def _keep_activations_on_host(model: nn.Module, mesh: Mesh) -> None:
+    pinned = not mesh.accelerator.is_cpu
+    checkpoint_blocks(model, keep=partial(torch.autograd.graph.save_on_cpu, pin_memory=pinned))
 
 
 def _loader(

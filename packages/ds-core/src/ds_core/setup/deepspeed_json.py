@@ -10,6 +10,7 @@ from ds_core.ground.settings import Origin, Setting
 from ds_core.setup.batch import ACCUMULATE, MICRO, TRAIN, Batch, solve_batch
 from ds_core.setup.config import ConfigError, Problem, merge
 from ds_core.setup.deepspeed_keys import GATES, ROWS
+from ds_core.setup.deepspeed_offload import plan_offload
 from ds_core.setup.findings import DEFAULT, Findings, walk, with_aliases
 from ds_core.setup.named import plan_optimizer, plan_scheduler
 from ds_core.setup.plan import LossScale, Named, Plan, Reporting, Zero
@@ -60,6 +61,7 @@ def _derive(found: Findings, world: int, world_origin: Origin) -> Plan | None:
             f"given {kept}, but stage 0 keeps gradients in fp32; leave it out, or use stage 1",
         )
     node_ranks = _node_ranks(found, stage, world)
+    offload = plan_offload(found, stage, dtype)
     if found.problems or batch is None:
         return None
     plan = Plan(
@@ -75,6 +77,8 @@ def _derive(found: Findings, world: int, world_origin: Origin) -> Plan | None:
         skip_overflow=dtype == "bfloat16" and found.get("bf16.check_grad_overflow") is True,
         max_norm=found.get("gradient_clipping") or None,
         zero=_zero(found, stage),
+        offload=offload,
+        cpu_checkpointing=found.get("activation_checkpointing.cpu_checkpointing"),
         node_ranks=node_ranks,
         optimizer=optimizer,
         scheduler=scheduler,
@@ -289,9 +293,19 @@ def _key_rows(found: Findings, plan: Plan) -> Sequence[Setting]:
         if key in solved and not found.given(key):
             source = Origin("derived", "from the batch equation")
         idle = f"not at stage {plan.stage}: " if ".stage3_" in key and plan.stage != 3 else ""
-        idle = idle or _closed(found, key)
+        idle = idle or _closed(found, key) or _unused(key, plan)
         rows.append(Setting(key, solved.get(key, found.get(key)), source, idle + row.acts, not idle))
     return [*rows, *found.rows]
+
+
+def _unused(key: str, plan: Plan) -> str:
+    """Why a key that says how state travels does nothing; empty where some does."""
+    offload = plan.offload
+    if key.startswith("aio.") and (offload is None or offload.nvme is None):
+        return "nothing is on nvme: "
+    if key == "zero_optimization.sub_group_size" and (offload is None or offload.masters == "device"):
+        return "the optimizer's state is on the device: "
+    return ""
 
 
 def _closed(found: Findings, key: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ds_core.setup.deepspeed_zenflow import as_zenflow
 from ds_core.setup.readers import (
     Reader,
     anything,
@@ -19,6 +20,7 @@ from ds_core.setup.readers import (
     at_least,
     one_of,
     or_null,
+    share,
     whole,
 )
 
@@ -63,7 +65,10 @@ _count = whole(1)
 _size = whole(0)
 _ENGINE = "Engine"
 _MESH = "parallelism is a mesh axis, set up in code"
-_ZENFLOW = "updates that run beside the next step"
+_BUFFERS = "units are fetched straight into their own buffers, Zero(prefetch_numel) elements ahead"
+_PINNED = "host memory is pinned where the device is a GPU, and where it is not there is nothing to pin for"
+_PIPELINED = "chunks are always read ahead and written behind the update"
+_device = or_null(one_of("none", "cpu", "nvme"))
 
 _TOP = (
     _works("train_batch_size", _count, None, "sampler, Engine(accumulate)", "derived"),
@@ -89,7 +94,7 @@ _TOP = (
     _works("gradient_clipping", at_least(0), 1.0, "Engine(max_norm); 0 switches it off", "default"),
     _works("zero_allow_untested_optimizer", as_bool, True,
            "false: refuses optimizers in code that are not known to be element-wise"),
-    _moot("zero_force_ds_cpu_optimizer", as_bool, True, "acts only with offload_optimizer"),
+    _moot("zero_force_ds_cpu_optimizer", as_bool, True, "any optimizer steps on the host, chunk by chunk"),
     _works("vocabulary_size", or_null(_count), None, "a warning when it is no multiple of 8"),
     _works("wall_clock_breakdown", as_bool, False, "forward, backward and step times in the progress lines"),
     _always("memory_breakdown", False, "`ds estimate` prints what is planned,"
@@ -141,13 +146,29 @@ _ZERO = (
     _moot("compute_grad_norm", as_bool, True, "the norm is one scalar per step, always reported"),
     _always("load_from_fp32_weights", True, "checkpoints hold fp32 masters"),
     _moot("elastic_checkpoint", as_bool, False, "every checkpoint loads at any world size and stage"),
-    _always("offload_param.device", ("none", None), "parameters off the device", "ds-offload"),
-    _always("offload_optimizer.device", ("none", None), "optimizer state off the device", "ds-offload"),
-    _refused("zenflow", _ZENFLOW, "ds-offload"),
-    _moot("sub_group_size", _size, 10**9, "acts only with offload_optimizer"),
-    _always("cpu_offload", (None, False), "optimizer state off the device", "ds-offload"),
-    _always("cpu_offload_param", (None, False), "parameters off the device", "ds-offload"),
-    _always("cpu_offload_use_pin_memory", (None, False), "acts with offloading", "ds-offload"),
+    _works("offload_param.device", _device, None, "TieredStore(params)"),
+    _works("offload_param.nvme_path", or_null(as_text), None, "TieredStore(nvme)"),
+    _works("offload_param.max_in_cpu", _size, 10**9, "TieredStore(params): elements of a rank's shards that"
+           " stay on the host", "default"),
+    _moot("offload_param.buffer_count", _count, 5, _BUFFERS),
+    _moot("offload_param.buffer_size", _size, 10**8, _BUFFERS),
+    _moot("offload_param.pin_memory", as_bool, True, _PINNED),
+    _works("offload_optimizer.device", _device, None, "TieredStore(masters, moments, grads)"),
+    _works("offload_optimizer.nvme_path", or_null(as_text), None, "TieredStore(nvme)"),
+    _works("offload_optimizer.ratio", share, 1.0, "TieredStore(masters, moments, grads): what leaves"),
+    _works("offload_optimizer.super_offload", as_bool, False, 'TieredStore(update="speculative")'),
+    _moot("offload_optimizer.buffer_count", _count, 4, "a chunk brings all its states at once"),
+    _moot("offload_optimizer.pin_memory", as_bool, True, _PINNED),
+    _moot("offload_optimizer.pipeline", as_bool, False, _PIPELINED),
+    _moot("offload_optimizer.pipeline_read", as_bool, False, _PIPELINED),
+    _moot("offload_optimizer.pipeline_write", as_bool, False, _PIPELINED),
+    _moot("offload_optimizer.fast_init", as_bool, False, "state is made where it lives, whatever its size"),
+    _moot("offload_optimizer.cpuadam_cores_perc", share, 0.8, "the update uses torch's threads of this rank"),
+    _works("zenflow", as_zenflow, None, "TieredStore(zenflow)"),
+    _works("sub_group_size", _count, 10**9, "TieredStore(chunk_numel)", "default"),
+    _works("cpu_offload", or_null(as_bool), None, 'offload_optimizer.device = "cpu"'),
+    _works("cpu_offload_param", or_null(as_bool), None, 'offload_param.device = "cpu"'),
+    _moot("cpu_offload_use_pin_memory", as_bool, False, _PINNED),
     _works("stage3_prefetch_bucket_size", _size, 50_000_000, "Zero(prefetch_numel)", "default"),
     _works("stage3_param_persistence_threshold", _size, 100_000, "Zero(persist_numel)", "default"),
     _always("stage3_model_persistence_threshold", (sys.maxsize,), "the threshold is per parameter;"
@@ -208,9 +229,11 @@ _MONITORS = (
 )  # fmt: skip
 
 _AC = "use torch.utils.checkpoint in the model, which works at every stage"
+_AIO = "requests are cut into blocks and submitted as the queue has room, by one engine per process"
 _OTHERS = (
     _always("activation_checkpointing.partition_activations", False, "split activations", "ds-pipe"),
-    _always("activation_checkpointing.cpu_checkpointing", False, "activations off the device", "ds-offload"),
+    _works("activation_checkpointing.cpu_checkpointing", as_bool, False, "the model's blocks are run again in"
+           " the backward, and their inputs wait for it on the host"),
     _always("activation_checkpointing.contiguous_memory_optimization", False, _AC),
     _always("activation_checkpointing.number_checkpoints", (None,), _AC),
     _always("activation_checkpointing.synchronize_checkpoint_boundary", False, _AC),
@@ -223,7 +246,13 @@ _OTHERS = (
     _refused("autotuning", "`ds estimate` says which stage fits; there is no search"),
     _refused("data_efficiency", "curricula and random-LTD", "ds-compression"),
     _refused("weight_quantization", "quantised weights", "ds-compression"),
-    _refused("aio", "NVMe access", "ds-offload"),
+    _works("aio.block_size", whole(4096), 1 << 20, "TieredStore(block_bytes)"),
+    _works("aio.queue_depth", _count, 8, "TieredStore(queue_depth)"),
+    _moot("aio.intra_op_parallelism", _count, 1, _AIO),
+    _moot("aio.thread_count", _count, 1, _AIO),
+    _moot("aio.single_submit", as_bool, False, _AIO),
+    _moot("aio.overlap_events", as_bool, True, _AIO),
+    _always("aio.use_gds", False, "the disk is read to host memory"),
     _refused("nebula", "removed upstream; checkpoints are always written in the background"),
     _refused("compression_training", "compression", "ds-compression"),
     _refused("amp", "removed upstream; use bf16, fp16 or torch_autocast"),
@@ -268,9 +297,6 @@ GATES: Mapping[str, str] = {
 IDLE: Mapping[str, frozenset[str]] = {
     section: frozenset(names.split())
     for section, names in {
-        "zero_optimization.offload_param": "nvme_path buffer_count buffer_size max_in_cpu pin_memory",
-        "zero_optimization.offload_optimizer": "nvme_path buffer_count pin_memory pipeline pipeline_read"
-        " pipeline_write fast_init ratio super_offload cpuadam_cores_perc",
         "comet": "samples_log_interval project workspace api_key experiment_name experiment_key online mode",
         "flops_profiler": "recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
         "comms_logger": "verbose prof_all debug prof_ops",

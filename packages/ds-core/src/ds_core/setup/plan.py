@@ -58,6 +58,35 @@ class Zero(Config):
     overlap: bool | None = None
 
 
+class Offload(Config):
+    """Where state lives between its uses, as ds_offload's TieredStore is told; None leaves its default.
+
+    `params_in_host`: of parameters on nvme, how many elements of a rank's shards stay in host memory.
+    """
+
+    nvme: str | None = None
+    params: str = "device"
+    grads: str = "device"
+    masters: str = "device"
+    moments: str = "device"
+    params_in_host: int | None = None
+    chunk_numel: int | None = None
+    queue_depth: int | None = None
+    block_bytes: int | None = None
+    update: str | None = None
+    zenflow: Mapping[str, Any] | None = None
+
+    def spec(self, shard_numel: int) -> dict[str, Any]:
+        """What `plugins.resolve("store", ...)` takes, for a rank whose shards have `shard_numel` elements."""
+        chosen = {name: value for name, value in self.model_dump().items() if value is not None}
+        in_host = chosen.pop("params_in_host", None)
+        if in_host is not None:
+            host = min(1.0, in_host / max(1, shard_numel))
+            ends = {0.0: "nvme", 1.0: "host"}
+            chosen["params"] = ends.get(host, f"{host:.9g} host / {1 - host:.9g} nvme")
+        return {"type": "tiered", **chosen}
+
+
 class Plan(Config):
     """Everything `initialize` builds from. Made by `deepspeed_json.translate`."""
 
@@ -73,6 +102,8 @@ class Plan(Config):
     skip_overflow: bool = False
     max_norm: float | None = 1.0
     zero: Zero = Zero()
+    offload: Offload | None = None
+    cpu_checkpointing: bool = False
     node_ranks: int | None = None  # ranks that shard among them, where that is not all
     optimizer: Named | None = None
     scheduler: Named | None = None

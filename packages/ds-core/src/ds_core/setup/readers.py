@@ -77,6 +77,14 @@ def at_least(low: float) -> Reader:
     return read
 
 
+def share(value: Any) -> float:
+    """A fraction from 0 to 1."""
+    number = as_number(value)
+    if not 0 <= number <= 1:
+        raise ValueError(f"given {value!r}; allowed: a number from 0 to 1")
+    return number
+
+
 def one_of(*names: str) -> Reader:
     """A reader of one of the names, in any case."""
 

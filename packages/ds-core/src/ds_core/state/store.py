@@ -71,11 +71,28 @@ class HasGradient(Protocol):
     gradient: Tensor | None
 
 
+class Described(Protocol):
+    """What a store may ask of a unit whose tensors it is about to be given: a FlatUnit."""
+
+    key: str
+    layout: BucketLayout
+    rank: int
+    dtype: torch.dtype
+    trainable: bool
+
+    @property
+    def shard_key(self) -> str | None: ...
+
+
 class Away(Protocol):
     """Tensors that live elsewhere: the fast ways there and back, beside the plain one through their homes."""
 
     def shares(self, device: torch.device) -> Shares:
         """What this saves of the device's memory. A CPU's is the host's."""
+        ...
+
+    def expect(self, unit: Described) -> None:
+        """The unit's tensors come next. Raises ValueError where they cannot be kept as was asked for."""
         ...
 
     def apart(self, kind: Kind) -> bool:

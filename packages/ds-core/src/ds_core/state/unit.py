@@ -122,17 +122,23 @@ class FlatUnit:
 
     # -- cut anew ---------------------------------------------------------------------------------------
 
-    def begin(self, store: Store) -> None:
-        """Memory for values that come parameter by parameter (see replan.py); padding is zero."""
+    def begin(self, store: Store, fill: Callable[[Tensor], None] | None = None) -> None:
+        """Memory for values that come parameter by parameter (see replan.py); padding is zero.
+
+        `fill` is given this rank's part [shard_numel] in the master's dtype before the store takes it.
+        """
         self._store = store
+        values = torch.zeros(self.layout.shard_numel, dtype=self.master_dtype, device=self.device)
+        if fill is not None:
+            fill(values)
         if self.keep_whole:
             self.whole = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
-            local = self.whole[self.span]
+            local = self.whole[self.span].copy_(values)
         else:
             self.whole = torch.empty(self.layout.numel, dtype=self.dtype, device=self.device)
             self.whole.untyped_storage().resize_(0)
-            local = torch.zeros(self.layout.shard_numel, dtype=self.dtype, device=self.device)
-        self.local = _give(self, store, local, local)
+            local = values.to(self.dtype)
+        self.local = _give(self, store, local, values)
 
     def rewritten(self) -> list[int]:
         """Slots whose parameter shows other memory than the unit's: somebody assigned to its `.data`."""
@@ -313,6 +319,8 @@ class FlatUnit:
 
 def _give(unit: FlatUnit, store: Store, local: Tensor, values: Tensor) -> Tensor:
     """Give shard and master to the store, one tensor where nothing is lost; returns the shard's home."""
+    if store.away is not None:
+        store.away.expect(unit)
     if unit.trainable:
         apart = unit.separate_master
         home = store.create(f"{unit.key}/master", values.to(unit.master_dtype, copy=True) if apart else local)
