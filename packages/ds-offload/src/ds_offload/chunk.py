@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
 from ds_offload.buffers import Turn
-from ds_offload.groups import Groups
 from ds_offload.home import Home
 from ds_offload.plan import Chunk
 from ds_offload.states import Homes, UnitStates, is_cut
+from ds_offload.twin import Twin
+from ds_offload.work import IN_HOME, Flat, Work
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class Loaded:
     """One chunk with everything its update reads and writes, flat and of the chunk's length, on the host."""
 
     chunk: Chunk
-    unit: FlatUnit
+    work: Work
     turn: Turn
     master: Tensor
     grad: Tensor
@@ -43,41 +43,42 @@ class _Shown:
 
 
 class ChunkUpdate:
-    """Fetches, updates and flushes chunks of the units of one optimizer.
+    """Fetches, updates and flushes chunks of works with one twin of the optimizer, in place.
 
     `after[id(piece.param)]` collects what the optimizer left as the state of each piece, by name: numbers,
     and None for what is in a home.
     """
 
-    def __init__(self, homes: Homes, states: UnitStates, optimizer: Any) -> None:
-        self._homes, self._states, self._optimizer = homes, states, optimizer
+    def __init__(self, homes: Homes, states: UnitStates, twin: Twin) -> None:
+        self._homes, self._states, self._twin = homes, states, twin
         self.after: dict[int, dict[str, Any]] = {}
 
     # -- fetch ---------------------------------------------------------------------------------------------
 
-    def fetch(self, chunk: Chunk, unit: FlatUnit, pieces: Sequence[Piece], turn: Turn) -> Loaded:
+    def fetch(self, chunk: Chunk, work: Work, turn: Turn) -> Loaded:
         """Views of what is in memory; reads of what is not, into the turn's buffers."""
         turn.empty()
         reading: list[Future[int]] = []
+        states = {
+            name: self._bring(f"state {name}", flat, chunk, turn, reading)
+            for name, flat in work.states.items()
+        }
+        master = self._bring("master", work.master, chunk, turn, reading)
+        grad = self._bring("grad", work.gradient, chunk, turn, reading)
+        return Loaded(chunk, work, turn, master, grad, self._out(chunk, work, turn), states, reading)
 
-        def bring(name: str, home: Home | None, plain: Tensor) -> Tensor:
-            if home is None or plain.data_ptr() != home.tensor.data_ptr():
-                return plain[chunk.begin : chunk.end].to("cpu")
-            if home.in_memory(chunk.begin, chunk.end):
-                return plain[chunk.begin : chunk.end]
-            buffer = turn.buffer(name, chunk.numel, home.dtype)
-            reading.extend(home.read(chunk.begin, buffer))
-            return buffer
+    def _bring(self, name: str, flat: Flat, chunk: Chunk, turn: Turn, reading: list[Future[int]]) -> Tensor:
+        home = flat.home
+        if home is None:
+            return flat.tensor[chunk.begin : chunk.end].to("cpu")
+        if home.in_memory(chunk.begin, chunk.end):
+            return home.tensor[chunk.begin : chunk.end]
+        buffer = turn.buffer(name, chunk.numel, home.dtype)
+        reading.extend(home.read(chunk.begin, buffer))
+        return buffer
 
-        homes, key = self._homes, unit.key
-        found = self._states.of(unit, pieces)
-        states = {name: bring(f"state {name}", home, home.tensor) for name, home in found.items()}
-        assert unit.gradient is not None
-        master = bring("master", homes.home_of(f"{key}/master"), unit.values().detach())
-        grad = bring("grad", homes.home_of(f"{key}/grad"), unit.gradient)
-        return Loaded(chunk, unit, turn, master, grad, self._out(chunk, unit, turn), states, reading)
-
-    def _out(self, chunk: Chunk, unit: FlatUnit, turn: Turn) -> Tensor | None:
+    def _out(self, chunk: Chunk, work: Work, turn: Turn) -> Tensor | None:
+        unit = work.unit
         if not unit.separate_master:
             return None
         home = None if unit.shard_key is None else self._homes.home_of(unit.shard_key)
@@ -88,35 +89,33 @@ class ChunkUpdate:
 
     # -- update --------------------------------------------------------------------------------------------
 
-    def update(
-        self, now: Loaded, pieces: Sequence[Piece], groups: Groups, factor: Tensor | float | None
-    ) -> None:
-        """One step of the optimizer's rule over these pieces' part of the chunk, gradients times `factor`."""
+    def update(self, now: Loaded) -> None:
+        """One step of the optimizer's rule over the work's part of the chunk."""
         for future in now.reading:
             future.result()
         shown = []
-        for piece in pieces:
+        for piece in now.work.pieces:
             low, high = piece.overlap.local
             at = now.chunk.begin
             part = slice(max(low, at) - at, min(high, now.chunk.end) - at)
             if part.start < part.stop:
-                shown.append(self._show(now, piece, part, factor))
+                shown.append(self._show(now, piece, part))
         copied = self._offer_out(now, shown)
         try:
-            groups.step([(each.piece, each.param) for each in shown])
+            self._twin.step([(each.piece, each.param) for each in shown])
         finally:
             for each in shown:
                 self._take(now, each)
         if now.out is not None and not copied:
             now.out.copy_(now.master)
 
-    def _show(self, now: Loaded, piece: Piece, part: slice, factor: Tensor | float | None) -> _Shown:
-        optimizer, numel = self._optimizer, part.stop - part.start
+    def _show(self, now: Loaded, piece: Piece, part: slice) -> _Shown:
+        optimizer, numel = self._twin.optimizer, part.stop - part.start
         shape = piece.param.shape if numel == piece.param.numel() else (numel,)
         param = nn.Parameter(now.master[part].view(shape))
         gradient = now.grad[part].view(shape)
-        if factor is not None:
-            gradient.mul_(factor)
+        if self._twin.scaling.before is not None:
+            gradient.mul_(self._twin.scaling.before)
         direct = getattr(optimizer, "low_precision_grads", None)
         if gradient.dtype == param.dtype:
             param.grad = gradient
@@ -125,8 +124,8 @@ class ChunkUpdate:
         else:
             param.grad = gradient.to(param.dtype)
         state: dict[str, Any] = {}
-        for name, value in optimizer.state.get(piece.param, {}).items():
-            if is_cut(value, piece.param):
+        for name, value in now.work.numbers[id(piece.param)].items():
+            if value is IN_HOME:
                 state[name] = now.states[name][part].view(shape)
             else:
                 state[name] = value.clone() if isinstance(value, Tensor) else value
@@ -136,7 +135,7 @@ class ChunkUpdate:
 
     def _offer_out(self, now: Loaded, shown: Sequence[_Shown]) -> bool:
         """Let the optimizer write the low precision shard in the same pass. True when that is all of it."""
-        copy_out = getattr(self._optimizer, "copy_out", None)
+        copy_out = getattr(self._twin.optimizer, "copy_out", None)
         if now.out is None or copy_out is None:
             return False
         for each in shown:
@@ -145,7 +144,7 @@ class ChunkUpdate:
 
     def _take(self, now: Loaded, shown: _Shown) -> None:
         """What the optimizer left: states into the chunk's, numbers aside until the last chunk is done."""
-        optimizer = self._optimizer
+        optimizer = self._twin.optimizer
         for kept in (getattr(optimizer, name, None) for name in ("copy_out", "low_precision_grads")):
             if kept is not None:
                 kept.pop(shown.param, None)
@@ -162,7 +161,7 @@ class ChunkUpdate:
                 here.copy_(value)
 
     def _new_state(self, now: Loaded, name: str, dtype: torch.dtype) -> Tensor:
-        home, chunk = self._states.home(now.unit, name, dtype), now.chunk
+        home, chunk = self._states.home(now.work.unit, name, dtype), now.chunk
         if home.in_memory(chunk.begin, chunk.end):
             return home.tensor[chunk.begin : chunk.end]
         buffer = now.turn.buffer(f"state {name}", chunk.numel, dtype)
@@ -174,8 +173,8 @@ class ChunkUpdate:
 
     def flush(self, now: Loaded) -> None:
         """What was changed goes back, without waiting."""
-        homes, unit, begin, end = self._homes, now.unit, now.chunk.begin, now.chunk.end
-        changed = [(homes.home_of(f"{unit.key}/master"), now.master)]
+        homes, unit, begin, end = self._homes, now.work.unit, now.chunk.begin, now.chunk.end
+        changed: list[tuple[Home | None, Tensor]] = [(now.work.master.home, now.master)]
         changed += [(homes.home_of(f"{unit.key}/{name}"), state) for name, state in now.states.items()]
         if now.out is not None:
             home = None if unit.shard_key is None else homes.home_of(unit.shard_key)

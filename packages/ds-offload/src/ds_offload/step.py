@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 from weakref import ref
 
 import torch
@@ -14,11 +13,13 @@ from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
 from ds_core.train.optim import ShardedOptimizer
 from ds_offload.buffers import Turns
-from ds_offload.chunk import ChunkUpdate, Loaded
-from ds_offload.groups import Groups
+from ds_offload.chunk import ChunkUpdate
+from ds_offload.pipeline import run_plan
 from ds_offload.plan import Chunk, StepPlan, plan_chunks
 from ds_offload.policy import Tiered
 from ds_offload.states import Homes, UnitStates
+from ds_offload.twin import Scaling, Twin
+from ds_offload.work import Work
 
 
 class UpdateStore(Homes, Protocol):
@@ -33,8 +34,9 @@ class UpdateStore(Homes, Protocol):
 class ChunkedUpdate:
     """Steps a `ShardedOptimizer`'s own optimizer chunk by chunk, on the host.
 
-    The optimizer sees ordinary parameters: for each chunk its groups hold views of what was fetched, and
-    `state` views of their states. Every option, schedule and rule is its own. After the step `state` shows
+    A twin of the optimizer sees ordinary parameters: for each chunk its groups hold views of what was
+    fetched, and `state` views of their states. Every option, schedule and rule is its own. After the step
+    `state` shows
     the homes, as plain tensors. Elementwise optimizers are cut anywhere, others between parameters.
     [Note: the optimizer's own step] runs afterwards over pieces without a gradient, so it passes them over,
     and counts as the one step that schedules and hooks see.
@@ -84,71 +86,37 @@ class ChunkedUpdate:
 
         After an error chunks before the failing one hold new values and the rest old ones: load a checkpoint.
         """
-        sharded, optimizer = self._owner, self._owner.optimizer
+        sharded = self._owner
         states = UnitStates(self._store, sharded)
-        pieces = self._pieces()
-        for mine in pieces.values():
-            states.bring_home(mine)
-        units = list(pieces)
-        self.plan = self._plan(pieces, states)
-        chunks = ChunkUpdate(self._store, states, optimizer)
-        with Groups(optimizer) as groups, self._scaled(optimizer) as factor:
-            loaded: dict[int, Loaded] = {}
-            try:
-                for fetched, updated, _ in self.plan.rounds():
-                    for index in fetched:
-                        chunk = self.plan.chunks[index]
-                        unit = units[chunk.unit]
-                        loaded[index] = chunks.fetch(chunk, unit, pieces[unit], self._turns[index])
-                    now = loaded.pop(updated)
-                    chunks.update(now, pieces[now.unit], groups, factor)
-                    chunks.flush(now)
-                self._turns.empty()
-            except BaseException:
-                for left in loaded.values():
-                    for future in left.reading:
-                        future.exception()
-                self._turns.abandon()
-                raise
-        for mine in pieces.values():
-            for piece in mine:
+        works = self._works(states)
+        twin = Twin(sharded.optimizer, self._scaling())
+        chunks = ChunkUpdate(self._store, states, twin)
+        self.plan = self._plan(works)
+        run_plan(self.plan, works, chunks, self._turns)
+        for work in works:
+            for piece in work.pieces:
                 states.show(piece, chunks.after.get(id(piece.param), {}))
         self._factor = None
         return frozenset(unit.key for unit in sharded.owner.trainable if self.has(unit))
 
-    def _pieces(self) -> dict[FlatUnit, list[Piece]]:
-        """The pieces with a gradient, by unit, in the order in which units are stepped."""
+    def _works(self, states: UnitStates) -> list[Work]:
+        """The units with a gradient, in the order in which they are stepped."""
         found: dict[FlatUnit, list[Piece]] = {}
         for piece in self._owner.pieces:
             unit = piece.unit
             if self.has(unit) and unit.gradient is not None and unit.has_grad[piece.overlap.index]:
                 found.setdefault(unit, []).append(piece)
-        return found
+        for mine in found.values():
+            states.bring_home(mine)
+        return [states.work(unit, mine) for unit, mine in found.items()]
 
-    def _plan(self, pieces: dict[FlatUnit, list[Piece]], states: UnitStates) -> StepPlan:
-        policy, chunks, widest = self._store.policy, list[Chunk](), 0
-        for number, (unit, mine) in enumerate(pieces.items()):
-            cuts = None
-            if unit.cut == "whole":
-                cuts = [part.local[1] for part in unit.layout.overlaps(unit.rank)]
-            chunks += plan_chunks(number, unit.layout.shard_numel, policy.chunk_numel, cuts)
-            dtypes = [unit.master_dtype, unit.grad_dtype, *(h.dtype for h in states.of(unit, mine).values())]
-            dtypes += [unit.dtype] if unit.separate_master else []
-            widest = max(widest, sum(dtype.itemsize for dtype in dtypes))
-        return StepPlan(tuple(chunks), policy.depth, widest)
+    def _plan(self, works: Sequence[Work]) -> StepPlan:
+        policy, chunks = self._store.policy, list[Chunk]()
+        for number, work in enumerate(works):
+            chunks += plan_chunks(number, work.unit.layout.shard_numel, policy.chunk_numel, work.cuts)
+        return StepPlan(tuple(chunks), policy.depth, max((w.bytes_per_element for w in works), default=0))
 
-    @contextlib.contextmanager
-    def _scaled(self, optimizer: Any) -> Iterator[Tensor | float | None]:
-        """What gradients are still to be multiplied by; None where the optimizer does it as it reads them, in
-        the same arithmetic.
-        """
-        own = getattr(optimizer, "clip_coef", None)
+    def _scaling(self) -> Scaling:
+        """What gradients are still to be multiplied by."""
         low = any(unit.grad_dtype != torch.float32 for unit in self._owner.owner.trainable)
-        if own is None or self._factor is None or low:
-            yield self._factor
-            return
-        optimizer.clip_coef = own * self._factor
-        try:
-            yield None
-        finally:
-            optimizer.clip_coef = own
+        return Scaling.of(self._owner.optimizer, self._factor, low=low)
