@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from concurrent.futures import Future
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_offload.mapped import Mapping
+from ds_offload.pages import PAGE, swap_pages
 from ds_offload.volume import Volume
 
 
@@ -25,6 +27,7 @@ class Home:
         self.numel, self.dtype = numel, dtype
         self.host_numel = numel - file_numel
         self.pending: list[Future[int]] = []  # writes under way to the file
+        self._waiting = threading.Lock()
         item = dtype.itemsize
         if file_numel:
             assert volume is not None
@@ -73,10 +76,24 @@ class Home:
         self.pending.append(future)
         return [future]
 
+    def take(self, begin: int, values: Mapping, numel: int) -> list[Future[int]]:
+        """The elements at `begin` become the first `numel` of `values`, whose contents are arbitrary then.
+
+        In memory pages change places where they can, and nothing is copied; as for `write` otherwise.
+        """
+        nbytes, item = numel * self.dtype.itemsize, self.dtype.itemsize
+        if self.in_memory(begin, begin + numel) and not self.pinned:
+            whole_pages = nbytes % PAGE == 0 or (begin + numel == self.numel and not self.file_bytes)
+            if whole_pages and swap_pages(self._mapping.base + begin * item, values.base, nbytes):
+                torch.autograd.graph.increment_version(self.tensor)
+                return []
+        return self.write(begin, values.tensor[:nbytes].view(self.dtype))
+
     def settle(self) -> None:
-        """Every write has arrived. Raises AioError for one that failed."""
-        while self.pending:
-            self.pending.pop(0).result()
+        """Every write has arrived, whichever thread waits first. Raises AioError for one that failed."""
+        with self._waiting:
+            while self.pending:
+                self.pending.pop(0).result()
 
     def forget(self) -> None:
         """Let go of the file's pages that a plain look at the tensor brought into memory."""

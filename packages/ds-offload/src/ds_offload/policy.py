@@ -99,6 +99,18 @@ class Tiered(Config):
         default=256 << 20, ge=1 << 20, description="bytes on their way to the disk before a write waits"
     )
 
+    update: Literal["step", "speculative", "delayed"] = Field(
+        default="step",
+        description="when masters change: in the step; during the backward, taken back if that was wrong; "
+        "or a step late, beside the next forward and backward, which is another training",
+    )
+    speculate_bytes: int = Field(
+        default=1 << 30, ge=0, description="update=speculative: memory for updates that are not proven yet"
+    )
+    delay_after: int = Field(
+        default=40, ge=0, description="update=delayed: steps of this process that are plain at first"
+    )
+
     @field_validator("params", "grads", "masters", "moments")
     @classmethod
     def _split(cls, text: str) -> str:

@@ -77,6 +77,12 @@ class UnitStates:
             numbers,
         )
 
+    def is_home(self, piece: Piece, name: str, value: Tensor) -> bool:
+        """Is this state of a piece where it belongs?"""
+        home = self._homes.home_of(f"{piece.unit.key}/{name}")
+        at = piece.overlap.local[0] * value.element_size()
+        return home is not None and home.tensor.data_ptr() + at == value.data_ptr()
+
     def bring_home(self, pieces: Sequence[Piece]) -> None:
         """States that are in memory of their own (units were cut anew) move to where they belong."""
         for piece in pieces:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Protocol
 from weakref import ref
 
@@ -16,16 +16,14 @@ from ds_offload.buffers import Turns
 from ds_offload.chunk import ChunkUpdate
 from ds_offload.pipeline import run_plan
 from ds_offload.plan import Chunk, StepPlan, plan_chunks
-from ds_offload.policy import Tiered
-from ds_offload.states import Homes, UnitStates
+from ds_offload.speculate import Made, Speculation, SpeculationStore
+from ds_offload.states import UnitStates
 from ds_offload.twin import Scaling, Twin
 from ds_offload.work import Work
 
 
-class UpdateStore(Homes, Protocol):
+class UpdateStore(SpeculationStore, Protocol):
     """What the update asks of the store."""
-
-    policy: Tiered
 
     def stays(self, key: str, numel: int) -> bool: ...
     def norm_of(self, unit: FlatUnit) -> Tensor: ...
@@ -47,6 +45,7 @@ class ChunkedUpdate:
         self._sharded = ref(sharded)
         self._turns = Turns(store.policy.depth, pinned=sharded.owner.device.type == "cuda")
         self._factor: Tensor | float | None = None
+        self.speculation = Speculation(store) if store.policy.update == "speculative" else None
         self.plan: StepPlan | None = None  # of the last step
 
     @property
@@ -69,14 +68,35 @@ class ChunkedUpdate:
         """Multiplied as gradients are read by the next `run`."""
         self._factor = factor if self._factor is None else self._factor * factor
 
+    def expect(self, factor: float) -> None:
+        if self.speculation is not None:
+            self.speculation.expected = factor
+
     def forget(self) -> None:
         self._factor = None
+        if self.speculation is not None:
+            self.speculation.forget()
 
     def cut_anew(self) -> None:
-        """Nothing is kept by unit: states that came along in memory are put into homes by the next `run`."""
+        """States that came along in memory are put into homes by the next `run`."""
+        if self.speculation is not None:
+            self.speculation.cut_anew()
+
+    def begin(self, unit: FlatUnit) -> None:
+        """The store's word that a unit's gradient is in its home, probably for good."""
+        sharded = self._sharded()
+        if self.speculation is not None and sharded is not None and self.has(unit):
+            self.speculation.begin(unit, sharded)
+
+    def close(self) -> None:
+        """Workers end."""
+        if self.speculation is not None:
+            self.speculation.close()
 
     def room(self, piece: Piece, name: str, dtype: torch.dtype) -> Tensor:
-        """A state's home, the part of one piece, in the piece's shape."""
+        """A state's home, the part of one piece, in the piece's shape: to be written, as by a checkpoint."""
+        if self.speculation is not None:
+            self.speculation.forget()
         return UnitStates(self._store, self._owner).room(piece, name, dtype)
 
     # -- the step ------------------------------------------------------------------------------------------
@@ -89,13 +109,17 @@ class ChunkedUpdate:
         sharded = self._owner
         states = UnitStates(self._store, sharded)
         works = self._works(states)
-        twin = Twin(sharded.optimizer, self._scaling())
-        chunks = ChunkUpdate(self._store, states, twin)
-        self.plan = self._plan(works)
+        scaling, made = self._scaling(), Made()
+        if self.speculation is not None:
+            made = self.speculation.take_over(works, sharded, scaling)
+        chunks = ChunkUpdate(self._store, states, Twin(sharded.optimizer, scaling))
+        self.plan = self._plan(works, made.chunks)
         run_plan(self.plan, works, chunks, self._turns)
+        made.settle()
+        after = made.after | chunks.after
         for work in works:
             for piece in work.pieces:
-                states.show(piece, chunks.after.get(id(piece.param), {}))
+                states.show(piece, after.get(id(piece.param), {}))
         self._factor = None
         return frozenset(unit.key for unit in sharded.owner.trainable if self.has(unit))
 
@@ -110,10 +134,13 @@ class ChunkedUpdate:
             states.bring_home(mine)
         return [states.work(unit, mine) for unit, mine in found.items()]
 
-    def _plan(self, works: Sequence[Work]) -> StepPlan:
+    def _plan(self, works: Sequence[Work], made: Set[tuple[str, int]]) -> StepPlan:
+        """Every chunk that is not made yet."""
         policy, chunks = self._store.policy, list[Chunk]()
         for number, work in enumerate(works):
-            chunks += plan_chunks(number, work.unit.layout.shard_numel, policy.chunk_numel, work.cuts)
+            numel, key = work.unit.layout.shard_numel, work.unit.key
+            planned = plan_chunks(number, numel, policy.chunk_numel, work.cuts)
+            chunks += [chunk for chunk in planned if (key, chunk.begin) not in made]
         return StepPlan(tuple(chunks), policy.depth, max((w.bytes_per_element for w in works), default=0))
 
     def _scaling(self) -> Scaling:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import weakref
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -58,6 +61,9 @@ class TieredStore:
         self._rounding = {kind: Rounding(self.splits[kind].device) for kind in ("param", "grad", "master")}
         self._norms: dict[str, tuple[Tensor, int]] = {}  # by unit: of its gradient, of which version of it
         self._choices: dict[tuple[str, str], bool] = {}
+        self._kept: Counter[str] = Counter()  # by unit: gradients that left
+        self._looks: Counter[str] = Counter()  # by unit: who reached for its master
+        self._steps: list[weakref.ref[ChunkedUpdate]] = []
 
     @property
     def away(self) -> TieredStore:
@@ -100,6 +106,7 @@ class TieredStore:
         """The live bytes. Everything on its way there has arrived."""
         if key in self._here:
             return self._here[key]
+        self._looks[key.rpartition("/")[0]] += 1
         found = self._homes[key]
         found.settle()
         return found.tensor
@@ -112,6 +119,7 @@ class TieredStore:
         """The tensor on a device: itself, or a copy that goes back if dirty."""
         if key in self._here:
             return HeldLease(self._here[key])
+        self._looks[key.rpartition("/")[0]] += 1
         return MovedLease(self._homes[key], device)
 
     def drop(self, key: str) -> None:
@@ -149,16 +157,25 @@ class TieredStore:
             return None
         return torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
 
-    def keep(self, unit: FlatUnit, reduced: Tensor) -> None:
-        """The gradient leaves; what was there since the last step is added first, and the norm is noted."""
+    def keep(self, unit: FlatUnit, reduced: Tensor, *, final: bool) -> None:
+        """The gradient leaves; what was there since the last step is added first, and the norm is noted.
+
+        `final`: as far as one can tell it is the step's; updates may begin.
+        """
         key = f"{unit.key}/grad"
         home = self._homes.get(key) or self.make_home(key, reduced.numel(), reduced.dtype, reduced.device)
         if unit.gradient is not None:
             reduced += self._before(home, unit.gradient, reduced)
         norm = torch._foreach_norm([reduced], 2, dtype=torch.float32)[0]
-        self.moves.to_home(home, 0, reduced)
         unit.gradient = home.tensor
-        self._norms[unit.key] = norm, home.tensor._version
+        self._kept[unit.key] += 1
+
+        def landed() -> None:
+            self._norms[unit.key] = norm, home.tensor._version
+            for update in self._updates() if final else ():
+                update.begin(unit)
+
+        self.moves.to_home(home, 0, reduced, then=landed)
 
     def norm_of(self, unit: FlatUnit) -> Tensor:
         """The 2-norm of a unit's gradient, 0-dim fp32: noted when it left, unless it was written since."""
@@ -193,10 +210,23 @@ class TieredStore:
 
     def steps(self, optimizer: Any) -> ChunkedUpdate:
         """The update of what is not on the device."""
-        return ChunkedUpdate(self, cast(ShardedOptimizer, optimizer))
+        made = ChunkedUpdate(self, cast(ShardedOptimizer, optimizer))
+        self._steps.append(weakref.ref(made))
+        return made
+
+    def sight(self, unit: FlatUnit) -> tuple[int, int]:
+        """(how often its gradient was kept, how often its master was reached for)."""
+        return self._kept[unit.key], self._looks[unit.key]
+
+    def _updates(self) -> Iterator[ChunkedUpdate]:
+        for found in self._steps:
+            if (update := found()) is not None:
+                yield update
 
     def close(self) -> None:
         """Wait for what is under way and give the file back. The store is of no use afterwards."""
+        for update in self._updates():
+            update.close()
         self.moves.settle()
         if self.volume is not None:
             self.volume.close()

@@ -70,6 +70,7 @@ class GradReducer:
         self._in_flight: list[Ticket] = []
         self._cursor = 0
         self._launching = False
+        self._ends_step = False  # as far as one can tell, the step comes after this round
         self._rounds = 0
         self._expected_rounds: int | None = None
         self._unreduced = False
@@ -92,6 +93,7 @@ class GradReducer:
             unit_pending.taken = [False] * len(unit_pending.filled)
         guess = self._expected_rounds == self._rounds + 1 if self.last is None else self.last
         self._launching = not self.hold and (not self._whole_grads or guess)
+        self._ends_step = self._launching and guess
 
     def take(self, index: int, slot_index: int, grad: Tensor) -> bool:
         """Copy one gradient into its bucket. True when the unit has all of them for this round."""
@@ -132,6 +134,7 @@ class GradReducer:
                 self._launch(self.order[self._cursor])
                 self._cursor += 1
         self._unreduced = not self._launching
+        self._ends_step = False
         self._rounds += 1
         self.in_round = False
 
@@ -175,7 +178,8 @@ class GradReducer:
                 about=unit.about,
             )
             if room is not None and self._away is not None:
-                ticket = Ticket([ticket], keepalive=(room,), finish=partial(self._away.keep, unit, room))
+                keep = partial(self._away.keep, unit, room, final=self._ends_step)
+                ticket = Ticket([ticket], keepalive=(room,), finish=keep)
         self._in_flight.append(ticket)
         while len(self._in_flight) > (IN_FLIGHT if self._overlap else 0):
             self._in_flight.pop(0).wait()
@@ -207,9 +211,11 @@ class GradReducer:
         if self._comm.world > 1:
             bucket.mul_(1.0 / self._comm.world)
 
+        final = self._ends_step
+
         def keep() -> None:
             if self._away is not None and self._away.room(unit) is not None:
-                self._away.keep(unit, bucket.to(unit.grad_dtype))
+                self._away.keep(unit, bucket.to(unit.grad_dtype), final=final)
             elif unit.gradient is not None:
                 unit.gradient.add_(bucket)
             else:

@@ -71,8 +71,11 @@ class Away(Protocol):
         """Where a reduced gradient [shard_numel] of the unit goes before it leaves; None when it stays."""
         ...
 
-    def keep(self, unit: HasGradient, reduced: Tensor) -> None:
-        """The gradient leaves: `unit.gradient` is its home from here on, with what was there added."""
+    def keep(self, unit: HasGradient, reduced: Tensor, *, final: bool) -> None:
+        """The gradient leaves: `unit.gradient` is its home from here on, with what was there added.
+
+        `final`: as far as one can tell nothing will be added before the step.
+        """
         ...
 
     def settle(self) -> None:
