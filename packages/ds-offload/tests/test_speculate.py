@@ -115,15 +115,15 @@ def test_the_engine_with_clipping_on(tier: str, tmp_path: Path) -> None:
     for settings in ({}, speculative(tmp_path, tier=tier)):
         run = Run("adamw", torch.float16, **settings)
         schedule = torch.optim.lr_scheduler.ExponentialLR(run.optimizer, 0.9)
-        scaler = DynamicScale(2.0**19, window=4, hysteresis=1)
+        scaler = DynamicScale(2.0**24, window=4, hysteresis=1)
         engine = Engine(
-            run.model, run.owner, run.sharded, max_norm=0.5, accumulate=2, scaler=scaler, scheduler=schedule
+            run.model, run.owner, run.sharded, max_norm=0.02, accumulate=2, scaler=scaler, scheduler=schedule
         )
         seen, kept = [], 0
         for seed in range(24):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                engine.backward(run.loss(seed, 30.0 if seed % 6 == 5 else 0.3))
+                engine.backward(run.loss(seed, 8.0 if seed % 6 == 5 else 0.3))
                 wait(run)
                 report = engine.step()
             if report is None:

@@ -20,6 +20,16 @@ from ds_offload.work import IN_HOME, Flat, Work
 
 
 @dataclass(slots=True)
+class Fetch:
+    """A chunk on its way: what of, into whose buffers, and the reads under way."""
+
+    chunk: Chunk
+    work: Work
+    turn: Turn
+    reading: list[Future[int]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Loaded:
     """One chunk with everything its update reads and writes, flat and of the chunk's length, on the host."""
 
@@ -58,34 +68,38 @@ class ChunkUpdate:
     def fetch(self, chunk: Chunk, work: Work, turn: Turn) -> Loaded:
         """Views of what is in memory; reads of what is not, into the turn's buffers."""
         turn.empty()
-        reading: list[Future[int]] = []
-        states = {
-            name: self._bring(f"state {name}", flat, chunk, turn, reading)
-            for name, flat in work.states.items()
-        }
-        master = self._bring("master", work.master, chunk, turn, reading)
-        grad = self._bring("grad", work.gradient, chunk, turn, reading)
-        return Loaded(chunk, work, turn, master, grad, self._out(chunk, work, turn), states, reading)
+        this = Fetch(chunk, work, turn)
+        states = {name: self._bring(this, f"state {name}", flat) for name, flat in work.states.items()}
+        master = self._bring(this, "master", work.master)
+        grad = self._bring(this, "grad", work.gradient)
+        return Loaded(chunk, work, turn, master, grad, self._out(this), states, this.reading)
 
-    def _bring(self, name: str, flat: Flat, chunk: Chunk, turn: Turn, reading: list[Future[int]]) -> Tensor:
-        home = flat.home
+    def _bring(self, this: Fetch, name: str, flat: Flat) -> Tensor:
+        home, begin, end = flat.home, this.chunk.begin, this.chunk.end
         if home is None:
-            return flat.tensor[chunk.begin : chunk.end].to("cpu")
-        if home.in_memory(chunk.begin, chunk.end):
-            return home.tensor[chunk.begin : chunk.end]
-        buffer = turn.buffer(name, chunk.numel, home.dtype)
-        reading.extend(home.read(chunk.begin, buffer))
+            return flat.tensor[begin:end].to("cpu")
+        if home.in_memory(begin, end):
+            return home.tensor[begin:end]
+        buffer = this.turn.buffer(name, this.chunk.numel, home.dtype)
+        this.reading.extend(home.read(begin, buffer))
         return buffer
 
-    def _out(self, chunk: Chunk, work: Work, turn: Turn) -> Tensor | None:
-        unit = work.unit
+    def _out(self, this: Fetch) -> Tensor | None:
+        unit, begin, end = this.work.unit, this.chunk.begin, this.chunk.end
         if not unit.separate_master:
             return None
-        home = None if unit.shard_key is None else self._homes.home_of(unit.shard_key)
-        in_place = home is None or home.in_memory(chunk.begin, chunk.end)
+        home = self._out_home(this.work)
+        in_place = home is None or home.in_memory(begin, end)
         if in_place and unit.local.device.type == "cpu":
-            return unit.local[chunk.begin : chunk.end]
-        return turn.buffer("out", chunk.numel, unit.dtype)
+            return unit.local[begin:end]
+        return this.turn.buffer("out", this.chunk.numel, unit.dtype)
+
+    def _master_home(self, work: Work) -> Home | None:
+        return work.master.home
+
+    def _out_home(self, work: Work) -> Home | None:
+        key = work.unit.shard_key
+        return None if key is None else self._homes.home_of(key)
 
     # -- update --------------------------------------------------------------------------------------------
 
@@ -174,10 +188,10 @@ class ChunkUpdate:
     def flush(self, now: Loaded) -> None:
         """What was changed goes back, without waiting."""
         homes, unit, begin, end = self._homes, now.work.unit, now.chunk.begin, now.chunk.end
-        changed: list[tuple[Home | None, Tensor]] = [(now.work.master.home, now.master)]
+        changed = [(self._master_home(now.work), now.master)]
         changed += [(homes.home_of(f"{unit.key}/{name}"), state) for name, state in now.states.items()]
         if now.out is not None:
-            home = None if unit.shard_key is None else homes.home_of(unit.shard_key)
+            home = self._out_home(now.work)
             changed.append((home, now.out))
             if home is None and now.out.device != unit.local.device:
                 unit.local[begin:end].copy_(now.out, non_blocking=True)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_offload.mapped import Mapping
 from ds_offload.pages import PAGE, swap_pages
-from ds_offload.volume import Volume
+from ds_offload.volume import Extent, Volume
 
 
 class Home:
@@ -31,10 +33,9 @@ class Home:
         item = dtype.itemsize
         if file_numel:
             assert volume is not None
-            extent = volume.allocate(file_numel * item)
-            self._offset = extent.offset
+            self._extent = extent = volume.allocate(file_numel * item)
             mapping = Mapping(self.host_numel * item, file_numel * item, fd=volume.fd, offset=extent.offset)
-            weakref.finalize(mapping.memory, volume.free, extent).atexit = False
+            self._giving_back = _give_back(mapping, volume, extent)
         else:
             mapping = Mapping(self.host_numel * item)
         self._mapping, self._volume = mapping, volume
@@ -89,6 +90,27 @@ class Home:
                 return []
         return self.write(begin, values.tensor[:nbytes].view(self.dtype))
 
+    def become(self, other: Home) -> None:
+        """Hold what `other` holds, a home of the same kind; what that holds afterwards is arbitrary.
+
+        Pages and the file's extents change places; what is pinned is copied. Nobody may look meanwhile.
+        """
+        assert (self.numel, self.dtype, self.host_numel) == (other.numel, other.dtype, other.host_numel)
+        self.settle()
+        other.settle()
+        pinned, host = self.pinned or other.pinned, self.host_numel
+        mine, theirs = self._mapping, other._mapping
+        if host and (pinned or not swap_pages(mine.base, theirs.base, self.host_bytes)):
+            self.tensor[:host].copy_(other.tensor[:host])
+        if self._volume is not None and self.file_bytes:
+            for home in (self, other):
+                home._giving_back.detach()
+            self._extent, other._extent = other._extent, self._extent
+            for home in (self, other):
+                home._mapping.show(self._volume.fd, home._extent.offset)
+                home._giving_back = _give_back(home._mapping, self._volume, home._extent)
+        torch.autograd.graph.increment_version(self.tensor)
+
     def settle(self) -> None:
         """Every write has arrived, whichever thread waits first. Raises AioError for one that failed."""
         with self._waiting:
@@ -100,4 +122,11 @@ class Home:
         self._mapping.forget()
 
     def _at(self, element: int) -> int:
-        return self._offset + (element - self.host_numel) * self.dtype.itemsize
+        return self._extent.offset + (element - self.host_numel) * self.dtype.itemsize
+
+
+def _give_back(mapping: Mapping, volume: Volume, extent: Extent) -> weakref.finalize[..., ctypes.Array[Any]]:
+    """The extent goes when the last tensor over the mapping has gone."""
+    found = weakref.finalize(mapping.memory, volume.free, extent)
+    found.atexit = False
+    return found

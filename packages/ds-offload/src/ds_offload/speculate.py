@@ -15,7 +15,7 @@ from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
 from ds_core.train.optim import ShardedOptimizer
 from ds_offload.buffers import Turn
-from ds_offload.chunk import ChunkUpdate, Loaded
+from ds_offload.chunk import ChunkUpdate, Fetch, Loaded
 from ds_offload.home import Home
 from ds_offload.plan import Chunk, plan_chunks
 from ds_offload.policy import Tiered
@@ -54,14 +54,15 @@ class _Unforeseen(Exception):
 class ApartUpdate(ChunkUpdate):
     """Reads homes, and writes nothing but the turn's buffers until `take_over`."""
 
-    def _bring(self, name: str, flat: Flat, chunk: Chunk, turn: Turn, reading: list[Future[int]]) -> Tensor:
+    def _bring(self, this: Fetch, name: str, flat: Flat) -> Tensor:
         assert flat.home is not None
-        buffer = turn.buffer(name, chunk.numel, flat.home.dtype)
-        reading.extend(flat.home.read(chunk.begin, buffer))
+        buffer = this.turn.buffer(name, this.chunk.numel, flat.home.dtype)
+        this.reading.extend(flat.home.read(this.chunk.begin, buffer))
         return buffer
 
-    def _out(self, chunk: Chunk, work: Work, turn: Turn) -> Tensor | None:
-        return turn.buffer("out", chunk.numel, work.unit.dtype) if work.unit.separate_master else None
+    def _out(self, this: Fetch) -> Tensor | None:
+        unit = this.work.unit
+        return this.turn.buffer("out", this.chunk.numel, unit.dtype) if unit.separate_master else None
 
     def _new_state(self, now: Loaded, name: str, dtype: torch.dtype) -> Tensor:
         raise _Unforeseen(name)
@@ -78,7 +79,7 @@ class ApartUpdate(ChunkUpdate):
         changed: list[tuple[str, Home | None]] = [("master", now.work.master.home)]
         changed += [(f"state {name}", flat.home) for name, flat in now.work.states.items()]
         if now.out is not None:
-            home = None if unit.shard_key is None else self._homes.home_of(unit.shard_key)
+            home = self._out_home(now.work)
             changed.append(("out", home))
             if home is None:
                 unit.local[begin : begin + numel].copy_(now.out)

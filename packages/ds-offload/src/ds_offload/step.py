@@ -14,6 +14,7 @@ from ds_core.train.holdings import Piece
 from ds_core.train.optim import ShardedOptimizer
 from ds_offload.buffers import Turns
 from ds_offload.chunk import ChunkUpdate
+from ds_offload.delayed import Delay, DelayStore
 from ds_offload.pipeline import run_plan
 from ds_offload.plan import Chunk, StepPlan, plan_chunks
 from ds_offload.speculate import Made, Speculation, SpeculationStore
@@ -22,7 +23,7 @@ from ds_offload.twin import Scaling, Twin
 from ds_offload.work import Work
 
 
-class UpdateStore(SpeculationStore, Protocol):
+class UpdateStore(SpeculationStore, DelayStore, Protocol):
     """What the update asks of the store."""
 
     def stays(self, key: str, numel: int) -> bool: ...
@@ -43,9 +44,11 @@ class ChunkedUpdate:
     def __init__(self, store: UpdateStore, sharded: ShardedOptimizer) -> None:
         self._store = store
         self._sharded = ref(sharded)
-        self._turns = Turns(store.policy.depth, pinned=sharded.owner.device.type == "cuda")
+        self._pinned = sharded.owner.device.type == "cuda"
+        self._turns = Turns(store.policy.depth, pinned=self._pinned)
         self._factor: Tensor | float | None = None
         self.speculation = Speculation(store) if store.policy.update == "speculative" else None
+        self.delay = Delay(store) if store.policy.update == "delayed" else None
         self.plan: StepPlan | None = None  # of the last step
 
     @property
@@ -92,6 +95,8 @@ class ChunkedUpdate:
         """Workers end."""
         if self.speculation is not None:
             self.speculation.close()
+        if self.delay is not None:
+            self.delay.close()
 
     def room(self, piece: Piece, name: str, dtype: torch.dtype) -> Tensor:
         """A state's home, the part of one piece, in the piece's shape: to be written, as by a checkpoint."""
@@ -107,21 +112,42 @@ class ChunkedUpdate:
         After an error chunks before the failing one hold new values and the rest old ones: load a checkpoint.
         """
         sharded = self._owner
+        if self.delay is not None:
+            self.delay.finish()
         states = UnitStates(self._store, sharded)
-        works = self._works(states)
-        scaling, made = self._scaling(), Made()
+        works, scaling = self._works(states), self._scaling()
+        twin = Twin(sharded.optimizer, scaling)
+        if self.delay is not None and self.delay.due():
+            self.delay.start(works, states, twin, self._plan, pinned=self._pinned)
+        else:
+            self._run_now(works, states, twin)
+        self._factor = None
+        return self._elsewhere
+
+    def _run_now(self, works: Sequence[Work], states: UnitStates, twin: Twin) -> None:
+        made = Made()
         if self.speculation is not None:
-            made = self.speculation.take_over(works, sharded, scaling)
-        chunks = ChunkUpdate(self._store, states, Twin(sharded.optimizer, scaling))
-        self.plan = self._plan(works, made.chunks)
-        run_plan(self.plan, works, chunks, self._turns)
+            made = self.speculation.take_over(works, self._owner, twin.scaling)
+        chunks = ChunkUpdate(self._store, states, twin)
+        run_plan(self._plan(works, made.chunks), works, chunks, self._turns)
         made.settle()
         after = made.after | chunks.after
         for work in works:
             for piece in work.pieces:
                 states.show(piece, after.get(id(piece.param), {}))
-        self._factor = None
-        return frozenset(unit.key for unit in sharded.owner.trainable if self.has(unit))
+
+    def settle(self) -> None:
+        """An update that comes late is finished and published. Collective where there is one."""
+        sharded = self._sharded()
+        if self.delay is not None and self.delay.pending and sharded is not None:
+            sharded.owner.changes.open()
+            with torch.no_grad():
+                self.delay.finish()
+                sharded.owner.publish_late(self._elsewhere)
+
+    @property
+    def _elsewhere(self) -> frozenset[str]:
+        return frozenset(unit.key for unit in self._owner.owner.trainable if self.has(unit))
 
     def _works(self, states: UnitStates) -> list[Work]:
         """The units with a gradient, in the order in which they are stepped."""
@@ -134,14 +160,16 @@ class ChunkedUpdate:
             states.bring_home(mine)
         return [states.work(unit, mine) for unit, mine in found.items()]
 
-    def _plan(self, works: Sequence[Work], made: Set[tuple[str, int]]) -> StepPlan:
+    def _plan(self, works: Sequence[Work], made: Set[tuple[str, int]] = frozenset()) -> StepPlan:
         """Every chunk that is not made yet."""
         policy, chunks = self._store.policy, list[Chunk]()
         for number, work in enumerate(works):
             numel, key = work.unit.layout.shard_numel, work.unit.key
             planned = plan_chunks(number, numel, policy.chunk_numel, work.cuts)
             chunks += [chunk for chunk in planned if (key, chunk.begin) not in made]
-        return StepPlan(tuple(chunks), policy.depth, max((w.bytes_per_element for w in works), default=0))
+        widest = max((work.bytes_per_element for work in works), default=0)
+        self.plan = StepPlan(tuple(chunks), policy.depth, widest)
+        return self.plan
 
     def _scaling(self) -> Scaling:
         """What gradients are still to be multiplied by."""

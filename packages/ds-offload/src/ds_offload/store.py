@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from ds_core.state.store import HeldLease, Kind
 from ds_core.state.unit import FlatUnit
 from ds_core.train.optim import ShardedOptimizer
 from ds_kernels.aio import AsyncIO
+from ds_offload.gradients import KeptGradients
 from ds_offload.home import Home
 from ds_offload.lease import MovedLease
 from ds_offload.moves import Moves
@@ -23,11 +23,13 @@ from ds_offload.policy import Rounding, Split, Tiered, file_numel
 from ds_offload.step import ChunkedUpdate
 from ds_offload.volume import Volume
 
-_KINDS: dict[str, Kind] = {"param": "param", "master": "master", "grad": "grad"}
+_KINDS: dict[str, Kind] = {
+    "param": "param", "next param": "param", "master": "master", "next master": "master", "grad": "grad",
+}  # fmt: skip
 _log = logging.getLogger("ds_offload")
 
 
-class TieredStore:
+class TieredStore(KeptGradients):
     """A `ds_core` Store whose tensors live where a `Tiered` says. Built from one, or from its settings.
 
     `TieredStore(nvme="/fast/disk", masters="nvme", moments="nvme")` and pass it as `shard(..., store=...)`.
@@ -38,6 +40,7 @@ class TieredStore:
     def __init__(self, policy: Tiered | None = None, **settings: Any) -> None:
         if policy is not None and settings:
             raise ValueError(f"give a Tiered or settings, not both; got a Tiered and {sorted(settings)}")
+        super().__init__()
         self.policy = policy or Tiered(**settings)
         self.splits: dict[Kind, Split] = {
             kind: self.policy.splits()[f"{kind}s"] for kind in ("param", "master", "grad", "moment")
@@ -59,10 +62,7 @@ class TieredStore:
         self._homes: dict[str, Home] = {}
         # Masters and moments share one choice: a unit is updated where both are.
         self._rounding = {kind: Rounding(self.splits[kind].device) for kind in ("param", "grad", "master")}
-        self._norms: dict[str, tuple[Tensor, int]] = {}  # by unit: of its gradient, of which version of it
         self._choices: dict[tuple[str, str], bool] = {}
-        self._kept: Counter[str] = Counter()  # by unit: gradients that left
-        self._looks: Counter[str] = Counter()  # by unit: who reached for its master
         self._steps: list[weakref.ref[ChunkedUpdate]] = []
 
     @property
@@ -151,57 +151,20 @@ class TieredStore:
             return None
         return self.moves.from_home(home, 0, out)
 
-    def room(self, unit: FlatUnit) -> Tensor | None:
-        """Memory for a reduced gradient that leaves the device; None when this unit's stays."""
-        if self.stays(f"{unit.key}/grad", unit.layout.shard_numel):
-            return None
-        return torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
-
-    def keep(self, unit: FlatUnit, reduced: Tensor, *, final: bool) -> None:
-        """The gradient leaves; what was there since the last step is added first, and the norm is noted.
-
-        `final`: as far as one can tell it is the step's; updates may begin.
-        """
-        key = f"{unit.key}/grad"
-        home = self._homes.get(key) or self.make_home(key, reduced.numel(), reduced.dtype, reduced.device)
-        if unit.gradient is not None:
-            reduced += self._before(home, unit.gradient, reduced)
-        norm = torch._foreach_norm([reduced], 2, dtype=torch.float32)[0]
-        unit.gradient = home.tensor
-        self._kept[unit.key] += 1
-
-        def landed() -> None:
-            self._norms[unit.key] = norm, home.tensor._version
-            for update in self._updates() if final else ():
-                update.begin(unit)
-
-        self.moves.to_home(home, 0, reduced, then=landed)
-
-    def norm_of(self, unit: FlatUnit) -> Tensor:
-        """The 2-norm of a unit's gradient, 0-dim fp32: noted when it left, unless it was written since."""
-        assert unit.gradient is not None
-        norm, version = self._norms.get(unit.key, (None, -1))
-        home = self._homes.get(f"{unit.key}/grad")
-        same = home is not None and unit.gradient.data_ptr() == home.tensor.data_ptr()
-        if norm is not None and same and unit.gradient._version == version:
-            return norm
-        return torch._foreach_norm([unit.gradient], 2, dtype=torch.float32)[0]
-
-    def _before(self, home: Home, gradient: Tensor, like: Tensor) -> Tensor:
-        """What earlier backwards left."""
-        if gradient.data_ptr() != home.tensor.data_ptr():
-            return gradient.to(like.device)  # put there by hand
-        if home.file_bytes == 0 and like.device.type == "cpu":
-            return home.tensor
-        found = torch.empty_like(like)
-        self.moves.from_home(home, 0, found).wait()
-        return found
+    def landed(self) -> None:
+        """Gradients on their way are in their homes. Raises AioError for what is not."""
+        self.moves.settle()
+        for home in list(self._homes.values()):  # a late update may be making another one
+            home.settle()
 
     def settle(self) -> None:
-        """Everything on its way has arrived. Raises AioError for what did not."""
-        self.moves.settle()
-        for home in self._homes.values():
-            home.settle()
+        """Everything on its way has arrived, an update of the last step that comes late included.
+
+        Collective where there is one: its weights are published. Raises AioError for what did not arrive.
+        """
+        for update in self._updates():
+            update.settle()
+        self.landed()
 
     def forget_pages(self) -> None:
         """Let go of the pages of the file that plain looks at tensors brought into memory."""
@@ -214,9 +177,10 @@ class TieredStore:
         self._steps.append(weakref.ref(made))
         return made
 
-    def sight(self, unit: FlatUnit) -> tuple[int, int]:
-        """(how often its gradient was kept, how often its master was reached for)."""
-        return self._kept[unit.key], self._looks[unit.key]
+    def foresee(self, unit: FlatUnit) -> None:
+        """Updates that run ahead of the step may begin."""
+        for update in self._updates():
+            update.begin(unit)
 
     def _updates(self) -> Iterator[ChunkedUpdate]:
         for found in self._steps:

@@ -170,6 +170,10 @@ class ZeroOwner(FlatOwner):
         self.uses.end_of_backward()  # a graph that no backward went through holds old weights
         super().publish(wait=wait, copied=copied)
 
+    def publish_late(self, keys: frozenset[str]) -> None:
+        self.uses.end_of_backward()
+        super().publish_late(keys)
+
     def publish_unit(self, unit: FlatUnit) -> None:
         """Whole copies are old now: gather those that stay, forget the others."""
         if not unit.keep_whole and not unit.pinned:
@@ -183,6 +187,7 @@ class ZeroOwner(FlatOwner):
     @contextlib.contextmanager
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:
         """Parameters of `units` are whole and current inside. Collective at stage 3."""
+        self.settle()
         stay = {id(unit) for unit in units if unit.state is Whole.READY}  # in the middle of a forward
         self.gatherer.acquire_all(units)
         for unit in units:

@@ -21,12 +21,13 @@ from ds_core.state.groups import Across, DataGroups
 from ds_core.state.hooks import OwnerHooks, dtype_of, in_backward, outside_of_graphs
 from ds_core.state.layout import Cut
 from ds_core.state.precision import Precision
+from ds_core.state.published import PublishedUnits
 from ds_core.state.reduce import GradReducer
 from ds_core.state.replan import Replanner
 from ds_core.state.saved import SavedUnits
 from ds_core.state.shard import ChangeGate
 from ds_core.state.store import DeviceStore, Store
-from ds_core.state.unit import FlatUnit, Whole
+from ds_core.state.unit import FlatUnit
 from ds_core.state.units import LEAF_MARK, Split, UnitPlan
 
 # parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter.
@@ -44,7 +45,7 @@ def owner_of(param: Tensor) -> FlatOwner:
     return owner
 
 
-class FlatOwner(SavedUnits):
+class FlatOwner(PublishedUnits, SavedUnits):
     """Parameters in flat units, gradients through one reducer, in place on the user's own module.
 
     `sharded`: each rank keeps 1/world of masters, gradients and optimizer state along the data axis.
@@ -213,35 +214,6 @@ class FlatOwner(SavedUnits):
             self.reducer.clear()
         else:
             self.reducer.clear_slots(slots)
-
-    def publish(self, *, wait: bool = True, copied: frozenset[str] = frozenset()) -> None:
-        """Masters changed: bring everything that is whole up to date.
-
-        `copied`: keys of units whose shard in the parameters' dtype is up to date already (an optimizer that
-        writes it in the same pass). Without `wait` the gathers are left under way; the next use waits.
-        """
-        self.reducer.forget_taken()
-        for unit in self.trainable:
-            if unit.key in copied:
-                unit.edition += 1
-            else:
-                unit.refresh_local()
-            # Autograd must notice, as it would after a plain optimizer's in-place update.
-            torch.autograd.graph.increment_version(unit.params)
-            unit.note_versions()
-            self.publish_unit(unit)
-        if wait:
-            self.settle()
-
-    def publish_unit(self, unit: FlatUnit) -> None:
-        """The unit's `local` changed: bring its whole copy up to date, or forget it. Collective."""
-        unit.arrive()
-
-    def settle(self) -> None:
-        """Everything that is on its way has arrived."""
-        for unit in self.units:
-            if unit.state is Whole.COMING:
-                unit.arrive(unit.ticket)
 
     @contextlib.contextmanager
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:

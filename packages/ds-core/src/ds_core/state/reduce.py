@@ -250,7 +250,7 @@ class GradReducer:
             ticket.wait()
         self._in_flight.clear()
         if self._away is not None:
-            self._away.settle()
+            self._away.landed()
         self._sum_over_replicas()
         if self._expected_rounds is None:
             self._learn_order()
@@ -322,7 +322,7 @@ class GradReducer:
             ticket.wait()
         self._in_flight.clear()
         if self._away is not None:
-            self._away.settle()
+            self._away.landed()
         for unit, pending, seen in zip(self.units, self._pending, self._seen, strict=True):
             unit.drop_grad()
             pending.bucket = None

@@ -78,8 +78,15 @@ class Away(Protocol):
         """
         ...
 
+    def landed(self) -> None:
+        """Every gradient that was kept is in its home."""
+        ...
+
     def settle(self) -> None:
-        """Everything that was on its way has arrived: homes are current."""
+        """Everything that was on its way has arrived, updates of an earlier step included: homes are current.
+
+        Collective where updates may come late: the owner publishes them.
+        """
         ...
 
     def steps(self, optimizer: Any) -> Any:

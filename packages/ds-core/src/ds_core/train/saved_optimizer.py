@@ -30,6 +30,7 @@ class SavedOptimizer:
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
         """`<parameter>/<state>` as shards of the parameter's shape, and the groups' options as JSON."""
+        self.owner.settle()
         state: dict[str, Tensor | FlatShard | Json] = {}
         for piece in self.held.trained:
             for name, value in self.optimizer.state.get(piece.param, {}).items():
@@ -76,6 +77,7 @@ class SavedOptimizer:
         if strangers:
             check_shapes({}, strangers)
         self.owner.changes.open()
+        self.owner.settle()
         targets: dict[str, Tensor | FlatShard] = {}
         for piece in self.held.trained:
             state: dict[str, Any] = {}
