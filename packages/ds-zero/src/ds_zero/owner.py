@@ -187,7 +187,7 @@ class ZeroOwner(FlatOwner):
     @contextlib.contextmanager
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:
         """Parameters of `units` are whole and current inside. Collective at stage 3."""
-        self.settle()
+        self.settle_late()
         stay = {id(unit) for unit in units if unit.state is Whole.READY}  # in the middle of a forward
         self.gatherer.acquire_all(units)
         for unit in units:

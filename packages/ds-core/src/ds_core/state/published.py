@@ -56,9 +56,13 @@ class PublishedUnits:
 
         Collective where updates may come late.
         """
+        self.settle_late()
+        self._arrive()
+
+    def settle_late(self) -> None:
+        """Between steps: a store's late update, if any, is finished and published. Collective then."""
         if self.store.away is not None and self.depth == 0 and not in_backward():
             self.store.away.settle()
-        self._arrive()
 
     def _arrive(self) -> None:
         for unit in self.units:
