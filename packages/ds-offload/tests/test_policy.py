@@ -8,6 +8,7 @@ import random
 import pytest
 
 from ds_offload.policy import PAGE_NUMEL, Rounding, Split, Tiered, file_numel
+from ds_offload.zenflow import ZenFlow
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,9 @@ def test_a_policy_keeps_shares_as_text() -> None:
         ({"depth": 0}, "depth"),
         ({"depth": 17}, "depth"),
         ({"tier": "nvme"}, "tier"),
+        ({"update": "delayed", "zenflow": ZenFlow()}, 'update = "delayed" with zenflow'),
+        ({"update": "speculative", "zenflow": ZenFlow()}, 'set update="step", or leave zenflow out'),
+        ({"update": "sooner"}, "update"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], said: str) -> None:

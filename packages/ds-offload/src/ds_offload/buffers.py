@@ -28,6 +28,10 @@ class Turn:
                 mapping.pin()
         return mapping.tensor[:wanted].view(dtype)
 
+    def memory(self, name: str) -> Mapping:
+        """What is behind a buffer."""
+        return self._memory[name]
+
     @property
     def nbytes(self) -> int:
         return sum(mapping.nbytes for mapping in self._memory.values())

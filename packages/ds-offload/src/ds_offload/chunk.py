@@ -10,13 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
 from ds_offload.buffers import Turn
-from ds_offload.groups import Groups
 from ds_offload.home import Home
 from ds_offload.plan import Chunk
 from ds_offload.states import Homes, UnitStates, is_cut
+from ds_offload.twin import Twin
+from ds_offload.work import IN_HOME, Flat, Work
+
+
+@dataclass(slots=True)
+class Fetch:
+    """A chunk on its way: what of, into whose buffers, and the reads under way."""
+
+    chunk: Chunk
+    work: Work
+    turn: Turn
+    reading: list[Future[int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -24,7 +34,7 @@ class Loaded:
     """One chunk with everything its update reads and writes, flat and of the chunk's length, on the host."""
 
     chunk: Chunk
-    unit: FlatUnit
+    work: Work
     turn: Turn
     master: Tensor
     grad: Tensor
@@ -43,77 +53,80 @@ class _Shown:
 
 
 class ChunkUpdate:
-    """Fetches, updates and flushes chunks of the units of one optimizer.
+    """Fetches, updates and flushes chunks of works with one twin of the optimizer, in place.
 
     `after[id(piece.param)]` collects what the optimizer left as the state of each piece, by name: numbers,
     and None for what is in a home.
     """
 
-    def __init__(self, homes: Homes, states: UnitStates, optimizer: Any) -> None:
-        self._homes, self._states, self._optimizer = homes, states, optimizer
+    def __init__(self, homes: Homes, states: UnitStates, twin: Twin) -> None:
+        self._homes, self._states, self._twin = homes, states, twin
         self.after: dict[int, dict[str, Any]] = {}
 
     # -- fetch ---------------------------------------------------------------------------------------------
 
-    def fetch(self, chunk: Chunk, unit: FlatUnit, pieces: Sequence[Piece], turn: Turn) -> Loaded:
+    def fetch(self, chunk: Chunk, work: Work, turn: Turn) -> Loaded:
         """Views of what is in memory; reads of what is not, into the turn's buffers."""
         turn.empty()
-        reading: list[Future[int]] = []
+        this = Fetch(chunk, work, turn)
         try:
-            return self._fetch(chunk, unit, pieces, turn, reading)
+            return self._fetch(this)
         except BaseException:
-            for future in reading:  # the buffers are used again
+            for future in this.reading:  # the buffers are used again
                 future.exception()
             raise
 
-    def _fetch(
-        self, chunk: Chunk, unit: FlatUnit, pieces: Sequence[Piece], turn: Turn, reading: list[Future[int]]
-    ) -> Loaded:
+    def _fetch(self, this: Fetch) -> Loaded:
+        work = this.work
+        states = {name: self._bring(this, f"state {name}", flat) for name, flat in work.states.items()}
+        master = self._bring(this, "master", work.master)
+        grad = self._bring(this, "grad", work.gradient)
+        return Loaded(this.chunk, work, this.turn, master, grad, self._out(this), states, this.reading)
 
-        def bring(name: str, home: Home | None, plain: Tensor) -> Tensor:
-            if home is None or plain.data_ptr() != home.tensor.data_ptr():
-                return plain[chunk.begin : chunk.end].to("cpu")
-            if home.in_memory(chunk.begin, chunk.end):
-                return plain[chunk.begin : chunk.end]
-            buffer = turn.buffer(name, chunk.numel, home.dtype)
-            reading.extend(home.read(chunk.begin, buffer))
-            return buffer
+    def _bring(self, this: Fetch, name: str, flat: Flat) -> Tensor:
+        home, begin, end = flat.home, this.chunk.begin, this.chunk.end
+        if home is None:
+            return flat.tensor[begin:end].to("cpu")
+        if home.in_memory(begin, end):
+            return home.tensor[begin:end]
+        buffer = this.turn.buffer(name, this.chunk.numel, home.dtype)
+        this.reading.extend(home.read(begin, buffer))
+        return buffer
 
-        homes, key = self._homes, unit.key
-        found = self._states.of(unit, pieces)
-        states = {name: bring(f"state {name}", home, home.tensor) for name, home in found.items()}
-        assert unit.gradient is not None
-        master = bring("master", homes.home_of(f"{key}/master"), unit.values().detach())
-        grad = bring("grad", homes.home_of(f"{key}/grad"), unit.gradient)
-        return Loaded(chunk, unit, turn, master, grad, self._out(chunk, unit, turn), states, reading)
-
-    def _out(self, chunk: Chunk, unit: FlatUnit, turn: Turn) -> Tensor | None:
+    def _out(self, this: Fetch) -> Tensor | None:
+        unit, begin, end = this.work.unit, this.chunk.begin, this.chunk.end
         if not unit.separate_master:
             return None
-        home = None if unit.shard_key is None else self._homes.home_of(unit.shard_key)
-        in_place = home is None or home.in_memory(chunk.begin, chunk.end)
+        home = self._out_home(this.work)
+        in_place = home is None or home.in_memory(begin, end)
         if in_place and unit.local.device.type == "cpu":
-            return unit.local[chunk.begin : chunk.end]
-        return turn.buffer("out", chunk.numel, unit.dtype)
+            return unit.local[begin:end]
+        return this.turn.buffer("out", this.chunk.numel, unit.dtype)
+
+    def _master_home(self, work: Work) -> Home | None:
+        return work.master.home
+
+    def _out_home(self, work: Work) -> Home | None:
+        key = work.unit.shard_key
+        return None if key is None else self._homes.home_of(key)
 
     # -- update --------------------------------------------------------------------------------------------
 
-    def update(
-        self, now: Loaded, pieces: Sequence[Piece], groups: Groups, factor: Tensor | float | None
-    ) -> None:
-        """One step of the optimizer's rule over these pieces' part of the chunk, gradients times `factor`."""
-        for future in now.reading:
-            future.result()
+    def update(self, now: Loaded) -> None:
+        """One step of the optimizer's rule over the work's part of the chunk."""
+        errors = [error for future in now.reading if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
         shown = []
-        for piece in pieces:
+        for piece in now.work.pieces:
             low, high = piece.overlap.local
             at = now.chunk.begin
             part = slice(max(low, at) - at, min(high, now.chunk.end) - at)
             if part.start < part.stop:
-                shown.append(self._show(now, piece, part, factor))
+                shown.append(self._show(now, piece, part))
         copied = self._offer_out(now, shown)
         try:
-            groups.step([(each.piece, each.param) for each in shown])
+            self._twin.step([(each.piece, each.param) for each in shown])
         finally:
             left = [self._take_back(each) for each in shown]
         for each, state in zip(shown, left, strict=True):
@@ -121,13 +134,13 @@ class ChunkUpdate:
         if now.out is not None and not copied:
             now.out.copy_(now.master)
 
-    def _show(self, now: Loaded, piece: Piece, part: slice, factor: Tensor | float | None) -> _Shown:
-        optimizer, numel = self._optimizer, part.stop - part.start
+    def _show(self, now: Loaded, piece: Piece, part: slice) -> _Shown:
+        optimizer, numel = self._twin.optimizer, part.stop - part.start
         shape = piece.param.shape if numel == piece.param.numel() else (numel,)
         param = nn.Parameter(now.master[part].view(shape))
         gradient = now.grad[part].view(shape)
-        if factor is not None:
-            gradient.mul_(factor)
+        if self._twin.scaling.before is not None:
+            gradient.mul_(self._twin.scaling.before)
         direct = getattr(optimizer, "low_precision_grads", None)
         if gradient.dtype == param.dtype:
             param.grad = gradient
@@ -136,8 +149,8 @@ class ChunkUpdate:
         else:
             param.grad = gradient.to(param.dtype)
         state: dict[str, Any] = {}
-        for name, value in optimizer.state.get(piece.param, {}).items():
-            if is_cut(value, piece.param):
+        for name, value in now.work.numbers[id(piece.param)].items():
+            if value is IN_HOME:
                 state[name] = now.states[name][part].view(shape)
             else:
                 state[name] = value.clone() if isinstance(value, Tensor) else value
@@ -147,8 +160,8 @@ class ChunkUpdate:
 
     def _offer_out(self, now: Loaded, shown: Sequence[_Shown]) -> bool:
         """Let the optimizer write the low precision shard in the same pass. True when that is all of it."""
-        copy_out = getattr(self._optimizer, "copy_out", None)
-        overflow = getattr(self._optimizer, "found_inf", None)
+        copy_out = getattr(self._twin.optimizer, "copy_out", None)
+        overflow = getattr(self._twin.optimizer, "found_inf", None)
         if now.out is None or copy_out is None or (overflow is not None and float(overflow)):
             return False
         for each in shown:
@@ -156,8 +169,8 @@ class ChunkUpdate:
         return sum(each.param.numel() for each in shown) == now.chunk.numel
 
     def _take_back(self, shown: _Shown) -> dict[str, Any]:
-        """The optimizer forgets what it was shown; what it left as its state."""
-        optimizer = self._optimizer
+        """The twin forgets what it was shown; what it left as its state."""
+        optimizer = self._twin.optimizer
         for kept in (getattr(optimizer, name, None) for name in ("copy_out", "low_precision_grads")):
             if kept is not None:
                 kept.pop(shown.param, None)
@@ -179,7 +192,7 @@ class ChunkUpdate:
                 here.copy_(value)
 
     def _new_state(self, now: Loaded, name: str, dtype: torch.dtype) -> Tensor:
-        home, chunk = self._states.home(now.unit, name, dtype), now.chunk
+        home, chunk = self._states.home(now.work.unit, name, dtype), now.chunk
         if home.in_memory(chunk.begin, chunk.end):
             return home.tensor[chunk.begin : chunk.end]
         buffer = now.turn.buffer(f"state {name}", chunk.numel, dtype)
@@ -191,11 +204,11 @@ class ChunkUpdate:
 
     def flush(self, now: Loaded) -> None:
         """What was changed goes back, without waiting."""
-        homes, unit, begin, end = self._homes, now.unit, now.chunk.begin, now.chunk.end
-        changed = [(homes.home_of(f"{unit.key}/master"), now.master)]
+        homes, unit, begin, end = self._homes, now.work.unit, now.chunk.begin, now.chunk.end
+        changed = [(self._master_home(now.work), now.master)]
         changed += [(homes.home_of(f"{unit.key}/{name}"), state) for name, state in now.states.items()]
         if now.out is not None:
-            home = None if unit.shard_key is None else homes.home_of(unit.shard_key)
+            home = self._out_home(now.work)
             changed.append((home, now.out))
             if home is None and now.out.device != unit.local.device:
                 unit.local[begin:end].copy_(now.out, non_blocking=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 import weakref
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_offload.mapped import Mapping
-from ds_offload.volume import Volume
+from ds_offload.pages import PAGE, swap_pages
+from ds_offload.volume import Extent, Volume
 
 
 class Home:
@@ -25,13 +29,13 @@ class Home:
         self.numel, self.dtype = numel, dtype
         self.host_numel = numel - file_numel
         self.pending: list[Future[int]] = []  # writes under way to the file
+        self._waiting = threading.Lock()
         item = dtype.itemsize
         if file_numel:
             assert volume is not None
-            extent = volume.allocate(file_numel * item)
-            self._offset = extent.offset
+            self._extent = extent = volume.allocate(file_numel * item)
             mapping = Mapping(self.host_numel * item, file_numel * item, fd=volume.fd, offset=extent.offset)
-            weakref.finalize(mapping.memory, volume.free, extent).atexit = False
+            self._giving_back = _give_back(mapping, volume, extent)
         else:
             mapping = Mapping(self.host_numel * item)
         self._mapping, self._volume = mapping, volume
@@ -73,20 +77,62 @@ class Home:
         self.pending.append(future)
         return [future]
 
+    def take(self, begin: int, values: Mapping, numel: int) -> list[Future[int]]:
+        """The elements at `begin` become the first `numel` of `values`, whose contents are arbitrary then.
+
+        In memory pages change places where they can, and nothing is copied; as for `write` otherwise.
+        """
+        nbytes, item = numel * self.dtype.itemsize, self.dtype.itemsize
+        if self.in_memory(begin, begin + numel) and not self.pinned:
+            whole_pages = nbytes % PAGE == 0 or (begin + numel == self.numel and not self.file_bytes)
+            if whole_pages and swap_pages(self._mapping.base + begin * item, values.base, nbytes):
+                torch.autograd.graph.increment_version(self.tensor)
+                return []
+        return self.write(begin, values.tensor[:nbytes].view(self.dtype))
+
+    def become(self, other: Home) -> None:
+        """Hold what `other` holds, a home of the same kind; what that holds afterwards is arbitrary.
+
+        Pages and the file's extents change places; what is pinned is copied. Nobody may look meanwhile.
+        """
+        assert (self.numel, self.dtype, self.host_numel) == (other.numel, other.dtype, other.host_numel)
+        self.settle()
+        other.settle()
+        pinned, host = self.pinned or other.pinned, self.host_numel
+        mine, theirs = self._mapping, other._mapping
+        if host and (pinned or not swap_pages(mine.base, theirs.base, self.host_bytes)):
+            self.tensor[:host].copy_(other.tensor[:host])
+        if self._volume is not None and self.file_bytes:
+            for home in (self, other):
+                home._giving_back.detach()
+            self._extent, other._extent = other._extent, self._extent
+            for home in (self, other):
+                home._mapping.show(self._volume.fd, home._extent.offset)
+                home._giving_back = _give_back(home._mapping, self._volume, home._extent)
+        torch.autograd.graph.increment_version(self.tensor)
+
     def settle(self) -> None:
-        """Every write is over. Raises AioError for the first that failed, once."""
+        """Every write is over, whichever thread waits. Raises AioError for the first that failed, once."""
         errors = self.abandon()
         if errors:
             raise errors[0]
 
     def abandon(self) -> list[BaseException]:
-        """Every write is over; what went wrong."""
-        pending, self.pending = self.pending, []
-        return [error for future in pending if (error := future.exception()) is not None]
+        """Every write is over, whichever thread waits first; what went wrong, told once."""
+        with self._waiting:
+            pending, self.pending = self.pending, []
+            return [error for future in pending if (error := future.exception()) is not None]
 
     def forget(self) -> None:
         """Let go of the file's pages that a plain look at the tensor brought into memory."""
         self._mapping.forget()
 
     def _at(self, element: int) -> int:
-        return self._offset + (element - self.host_numel) * self.dtype.itemsize
+        return self._extent.offset + (element - self.host_numel) * self.dtype.itemsize
+
+
+def _give_back(mapping: Mapping, volume: Volume, extent: Extent) -> weakref.finalize[..., ctypes.Array[Any]]:
+    """The extent goes when the last tensor over the mapping has gone."""
+    found = weakref.finalize(mapping.memory, volume.free, extent)
+    found.atexit = False
+    return found

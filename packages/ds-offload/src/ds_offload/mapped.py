@@ -63,6 +63,12 @@ class Mapping:
         weakref.finalize(self.memory, runtime.cudaHostUnregister, self.base).atexit = False
         return True
 
+    def show(self, fd: int, offset: int) -> None:
+        """The file's part shows other bytes of a file from here on, at the same addresses."""
+        base, libc = self.base + self.host_bytes, _libc()
+        if libc.mmap(base, self.file_bytes, 3, mmap.MAP_SHARED | _FIXED, fd, offset) == _FAILED:
+            raise _refused(f"mapping {self.file_bytes} bytes of a file")
+
     def forget(self) -> None:
         """The file's pages that are in memory go, written where they were dirty; they come back when read."""
         if self.file_bytes:

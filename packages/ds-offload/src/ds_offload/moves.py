@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import torch
@@ -30,7 +30,7 @@ class Moves:
 
     def __init__(self) -> None:
         self._stream: torch.Stream | None = None
-        self._leaving: list[tuple[torch.Event, Home, int, Tensor]] = []  # copies from the device under way
+        self._leaving: list[tuple[torch.Event, Home, int, Tensor, Callable[[], object]]] = []  # from a device
 
     def from_home(self, home: Home, begin: int, out: Tensor) -> Ticket:
         """Start filling `out` with elements from `begin` on."""
@@ -48,10 +48,16 @@ class Moves:
 
         return Ticket([_Landing(futures)] if futures else (), keepalive=(out, staged), finish=send)
 
-    def to_home(self, home: Home, begin: int, values: Tensor) -> None:
-        """Start putting elements at `begin`; `values` is left alone and kept until they are there."""
+    def to_home(
+        self, home: Home, begin: int, values: Tensor, then: Callable[[], object] = lambda: None
+    ) -> None:
+        """Start putting elements at `begin`; `values` is left alone and kept until they are there.
+
+        `then` is called when the home may be read (`Home.read` waits for what is on its way to the file).
+        """
         if values.device.type == "cpu":
             home.write(begin, values)
+            then()
             return
         staged = torch.empty(values.numel(), dtype=values.dtype, pin_memory=True)
         with self._on(values.device, after=torch.accelerator.current_stream(values.device)) as stream:
@@ -59,7 +65,7 @@ class Moves:
             values.record_stream(stream)
             event = torch.Event(values.device)
             event.record(stream)
-        self._leaving.append((event, home, begin, staged))
+        self._leaving.append((event, home, begin, staged, then))
         while len(self._leaving) > 2:
             self._land(self._leaving.pop(0))
 
@@ -68,10 +74,11 @@ class Moves:
         while self._leaving:
             self._land(self._leaving.pop(0))
 
-    def _land(self, leaving: tuple[torch.Event, Home, int, Tensor]) -> None:
-        event, home, begin, staged = leaving
+    def _land(self, leaving: tuple[torch.Event, Home, int, Tensor, Callable[[], object]]) -> None:
+        event, home, begin, staged, then = leaving
         event.synchronize()
         home.write(begin, staged)
+        then()
 
     def _on(self, device: torch.device, *, after: torch.Stream) -> torch.Stream:
         """The stream of moves, ordered after what was asked for before: to be entered."""

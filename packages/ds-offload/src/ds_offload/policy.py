@@ -106,6 +106,18 @@ class Tiered(Config):
         default=None, description="important columns now, the rest later (lossy); None: everything at once"
     )
 
+    update: Literal["step", "speculative", "delayed"] = Field(
+        default="step",
+        description="when masters change: in the step; during the backward, taken back if that was wrong; "
+        "or a step late, beside the next forward and backward, which is another training",
+    )
+    speculate_bytes: int = Field(
+        default=1 << 30, ge=0, description="update=speculative: memory for updates that are not proven yet"
+    )
+    delay_after: int = Field(
+        default=40, ge=0, description="update=delayed: steps of this process that are plain at first"
+    )
+
     @field_validator("params", "grads", "masters", "moments")
     @classmethod
     def _split(cls, text: str) -> str:
@@ -122,6 +134,11 @@ class Tiered(Config):
             raise ValueError(
                 f'params_format = "{self.params_format}" is for weights off the device, and params = '
                 '"device": set params to "host" or "nvme"'
+            )
+        if self.zenflow is not None and self.update != "step":
+            raise ValueError(
+                f'update = "{self.update}" with zenflow=ZenFlow(...): each says another order of the '
+                'same update; set update="step", or leave zenflow out'
             )
         if self.splits()["masters"].device != self.splits()["moments"].device:
             raise ValueError(

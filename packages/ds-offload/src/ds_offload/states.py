@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
-from ds_core.train.optim import ShardedOptimizer
+from ds_core.train.optim import ShardedOptimizer, whole_groups
 from ds_offload.home import Home
+from ds_offload.work import IN_HOME, Flat, Work
 
 
 class Homes(Protocol):
@@ -50,17 +51,45 @@ class UnitStates:
         home = self.home(piece.unit, name, dtype)
         return home.tensor[slice(*piece.overlap.local)].view(piece.param.shape)
 
-    def of(self, unit: FlatUnit, pieces: Sequence[Piece]) -> dict[str, Home]:
-        """The states that these pieces of a unit have now."""
-        state = self._sharded.optimizer.state
-        names = dict.fromkeys(
-            name
-            for piece in pieces
-            for name, value in state.get(piece.param, {}).items()
-            if is_cut(value, piece.param)
+    def work(self, unit: FlatUnit, pieces: Sequence[Piece]) -> Work:
+        """The update of these pieces, as everything is now. The unit has a gradient."""
+        assert unit.gradient is not None
+        key, state = unit.key, self._sharded.optimizer.state
+        states: dict[str, Flat] = {}
+        numbers: dict[int, dict[str, Any]] = {}
+        for piece in pieces:
+            mine = numbers[id(piece.param)] = {}
+            for name, value in state.get(piece.param, {}).items():
+                if is_cut(value, piece.param):
+                    home = self._homes.home_of(f"{key}/{name}")
+                    if home is not None:
+                        states[name] = Flat(home.tensor, home)
+                    mine[name] = IN_HOME
+                else:
+                    mine[name] = value.clone() if isinstance(value, Tensor) else value
+        master = self._homes.home_of(f"{key}/master")
+        return Work(
+            unit,
+            tuple(pieces),
+            Flat(unit.values().detach()) if master is None else Flat(master.tensor, master),
+            _shown(unit.gradient, self._homes.home_of(f"{key}/grad")),
+            states,
+            numbers,
+            unit.cut == "whole" or self._seen_whole(pieces),
         )
-        found = {name: self._homes.home_of(f"{unit.key}/{name}") for name in names}
-        return {name: home for name, home in found.items() if home is not None}
+
+    def _seen_whole(self, pieces: Sequence[Piece]) -> bool:
+        """Must the optimizer see any of these whole, also where nothing cuts them: one rank, stage 0?"""
+        optimizer = self._sharded.optimizer
+        chosen = whole_groups(optimizer)
+        whole = {id(p) for group in optimizer.param_groups if id(group) in chosen for p in group["params"]}
+        return any(id(piece.param) in whole for piece in pieces)
+
+    def is_home(self, piece: Piece, name: str, value: Tensor) -> bool:
+        """Is this state of a piece where it belongs?"""
+        home = self._homes.home_of(f"{piece.unit.key}/{name}")
+        at = piece.overlap.local[0] * value.element_size()
+        return home is not None and home.tensor.data_ptr() + at == value.data_ptr()
 
     def bring_home(self, pieces: Sequence[Piece]) -> None:
         """States that are in memory of their own (units were cut anew) move to where they belong."""
@@ -85,3 +114,8 @@ class UnitStates:
                 home = self._homes.home_of(f"{piece.unit.key}/{name}")
                 part = slice(*piece.overlap.local)
                 state[name] = None if home is None else home.tensor[part].view(piece.param.shape)
+
+
+def _shown(tensor: Tensor, home: Home | None) -> Flat:
+    same = home is not None and tensor.data_ptr() == home.tensor.data_ptr()
+    return Flat(tensor, home if same else None)

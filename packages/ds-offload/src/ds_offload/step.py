@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence, Set
+from typing import Protocol
 from weakref import ref
 
 import torch
@@ -12,19 +11,20 @@ from torch import Tensor
 
 from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
-from ds_core.train.optim import ShardedOptimizer, whole_groups
+from ds_core.train.optim import ShardedOptimizer
 from ds_offload.buffers import Turns
-from ds_offload.chunk import ChunkUpdate, Loaded
-from ds_offload.groups import Groups
+from ds_offload.chunk import ChunkUpdate
+from ds_offload.delayed import Delay, DelayStore
+from ds_offload.pipeline import run_plan
 from ds_offload.plan import Chunk, StepPlan, plan_chunks
-from ds_offload.policy import Tiered
-from ds_offload.states import Homes, UnitStates
+from ds_offload.speculate import Made, Speculation, SpeculationStore
+from ds_offload.states import UnitStates
+from ds_offload.twin import Scaling, Twin
+from ds_offload.work import Work
 
 
-class UpdateStore(Homes, Protocol):
+class UpdateStore(SpeculationStore, DelayStore, Protocol):
     """What the update asks of the store."""
-
-    policy: Tiered
 
     def stays(self, key: str, numel: int) -> bool: ...
     def norm_of(self, unit: FlatUnit) -> Tensor: ...
@@ -34,9 +34,10 @@ class UpdateStore(Homes, Protocol):
 class ChunkedUpdate:
     """Steps a `ShardedOptimizer`'s own optimizer chunk by chunk, on the host.
 
-    The optimizer sees ordinary parameters: for each chunk its groups hold views of what was fetched, and
-    `state` views of their states. Every option, schedule and rule is its own. After the step `state` shows
-    the homes, as plain tensors. Elementwise optimizers are cut anywhere, others between parameters.
+    A twin of the optimizer sees ordinary parameters: for each chunk its groups hold views of what was
+    fetched, and `state` views of their states. Every option, schedule and rule is the optimizer's. After the
+    step `state` shows the homes, as plain tensors. Elementwise optimizers are cut anywhere, others between
+    parameters.
     [Note: the optimizer's own step] runs afterwards over pieces without a gradient, so it passes them over,
     and counts as the one step that schedules and hooks see.
     """
@@ -44,8 +45,11 @@ class ChunkedUpdate:
     def __init__(self, store: UpdateStore, sharded: ShardedOptimizer) -> None:
         self._store = store
         self._sharded = ref(sharded)
-        self._turns = Turns(store.policy.depth, pinned=sharded.owner.device.type == "cuda")
+        self._pinned = sharded.owner.device.type == "cuda"
+        self._turns = Turns(store.policy.depth, pinned=self._pinned)
         self._factor: Tensor | float | None = None
+        self.speculation = Speculation(store) if store.policy.update == "speculative" else None
+        self.delay = Delay(store) if store.policy.update == "delayed" else None
         self.plan: StepPlan | None = None  # of the last step
 
     @property
@@ -68,14 +72,37 @@ class ChunkedUpdate:
         """Multiplied as gradients are read by the next `run`."""
         self._factor = factor if self._factor is None else self._factor * factor
 
+    def expect(self, factor: float) -> None:
+        if self.speculation is not None:
+            self.speculation.expected = factor
+
     def forget(self) -> None:
         self._factor = None
+        if self.speculation is not None:
+            self.speculation.forget()
 
     def cut_anew(self) -> None:
-        """Nothing is kept by unit: states that came along in memory are put into homes by the next `run`."""
+        """States that came along in memory are put into homes by the next `run`."""
+        if self.speculation is not None:
+            self.speculation.cut_anew()
+
+    def begin(self, unit: FlatUnit) -> None:
+        """The store's word that a unit's gradient is in its home, probably for good."""
+        sharded = self._sharded()
+        if self.speculation is not None and sharded is not None and self.has(unit):
+            self.speculation.begin(unit, sharded)
+
+    def close(self) -> None:
+        """Workers end."""
+        if self.speculation is not None:
+            self.speculation.close()
+        if self.delay is not None:
+            self.delay.close()
 
     def room(self, piece: Piece, name: str, dtype: torch.dtype) -> Tensor:
-        """A state's home, the part of one piece, in the piece's shape."""
+        """A state's home, the part of one piece, in the piece's shape: to be written, as by a checkpoint."""
+        if self.speculation is not None:
+            self.speculation.forget()
         return UnitStates(self._store, self._owner).room(piece, name, dtype)
 
     # -- the step ------------------------------------------------------------------------------------------
@@ -85,79 +112,82 @@ class ChunkedUpdate:
 
         After an error chunks before the failing one hold new values and the rest old ones: load a checkpoint.
         """
-        sharded, optimizer = self._owner, self._owner.optimizer
-        states = UnitStates(self._store, sharded)
-        pieces = self._pieces()
-        for mine in pieces.values():
-            states.bring_home(mine)
-        units = list(pieces)
-        self.plan = self._plan(pieces, states)
-        chunks = ChunkUpdate(self._store, states, optimizer)
-        with Groups(optimizer) as groups, self._scaled(optimizer) as factor:
-            loaded: dict[int, Loaded] = {}
-            try:
-                for fetched, updated, _ in self.plan.rounds():
-                    for index in fetched:
-                        chunk = self.plan.chunks[index]
-                        unit = units[chunk.unit]
-                        loaded[index] = chunks.fetch(chunk, unit, pieces[unit], self._turns[index])
-                    now = loaded.pop(updated)
-                    chunks.update(now, pieces[now.unit], groups, factor)
-                    chunks.flush(now)
-                self._turns.empty()
-            except BaseException:
-                for left in loaded.values():
-                    for future in left.reading:
-                        future.exception()
-                self._turns.abandon()
-                self._store.abandon()
-                raise
-        for mine in pieces.values():
-            for piece in mine:
-                states.show(piece, chunks.after.get(id(piece.param), {}))
+        try:
+            self._run()
+        except BaseException:
+            self._store.abandon()
+            raise
         self._factor = None
-        return frozenset(unit.key for unit in sharded.owner.trainable if self.has(unit))
+        return self._elsewhere
 
-    def _pieces(self) -> dict[FlatUnit, list[Piece]]:
-        """The pieces with a gradient, by unit, in the order in which units are stepped."""
+    def _run(self) -> None:
+        sharded = self._owner
+        if self.delay is not None:
+            self.delay.finish()
+        states = UnitStates(self._store, sharded)
+        works, scaling = self._works(states), self._scaling()
+        twin = Twin(sharded.optimizer, scaling)
+        if self.delay is not None and self.delay.due():
+            self.delay.start(works, states, twin, self._plan, pinned=self._pinned)
+        else:
+            self._run_now(works, states, twin)
+
+    def _run_now(self, works: Sequence[Work], states: UnitStates, twin: Twin) -> None:
+        made = Made()
+        if self.speculation is not None:
+            made = self.speculation.take_over(works, self._owner, twin.scaling)
+        chunks = ChunkUpdate(self._store, states, twin)
+        try:
+            run_plan(self._plan(works, made.chunks), works, chunks, self._turns)
+            made.settle()
+        except BaseException:
+            made.abandon()
+            raise
+        after = made.after | chunks.after
+        for work in works:
+            for piece in work.pieces:
+                states.show(piece, after.get(id(piece.param), {}))
+
+    def settle(self) -> None:
+        """An update that comes late is finished and published. Collective where there is one."""
+        sharded = self._sharded()
+        if self.delay is not None and self.delay.pending and sharded is not None:
+            sharded.owner.changes.open()
+            with torch.no_grad():
+                try:
+                    self.delay.finish()
+                except BaseException:
+                    self._store.abandon()
+                    raise
+                sharded.owner.publish_late(self._elsewhere)
+
+    @property
+    def _elsewhere(self) -> frozenset[str]:
+        return frozenset(unit.key for unit in self._owner.owner.trainable if self.has(unit))
+
+    def _works(self, states: UnitStates) -> list[Work]:
+        """The units with a gradient, in the order in which they are stepped."""
         found: dict[FlatUnit, list[Piece]] = {}
         for piece in self._owner.pieces:
             unit = piece.unit
             if self.has(unit) and unit.gradient is not None and unit.has_grad[piece.overlap.index]:
                 found.setdefault(unit, []).append(piece)
-        return found
+        for mine in found.values():
+            states.bring_home(mine)
+        return [states.work(unit, mine) for unit, mine in found.items()]
 
-    def _plan(self, pieces: dict[FlatUnit, list[Piece]], states: UnitStates) -> StepPlan:
-        policy, chunks, widest = self._store.policy, list[Chunk](), 0
-        whole = self._seen_whole()
-        for number, (unit, mine) in enumerate(pieces.items()):
-            cuts = None
-            if unit.cut == "whole" or any(id(piece.param) in whole for piece in mine):
-                cuts = [part.local[1] for part in unit.layout.overlaps(unit.rank)]
-            chunks += plan_chunks(number, unit.layout.shard_numel, policy.chunk_numel, cuts)
-            dtypes = [unit.master_dtype, unit.grad_dtype, *(h.dtype for h in states.of(unit, mine).values())]
-            dtypes += [unit.dtype] if unit.separate_master else []
-            widest = max(widest, sum(dtype.itemsize for dtype in dtypes))
-        return StepPlan(tuple(chunks), policy.depth, widest)
+    def _plan(self, works: Sequence[Work], made: Set[tuple[str, int]] = frozenset()) -> StepPlan:
+        """Every chunk that is not made yet."""
+        policy, chunks = self._store.policy, list[Chunk]()
+        for number, work in enumerate(works):
+            numel, key = work.unit.layout.shard_numel, work.unit.key
+            planned = plan_chunks(number, numel, policy.chunk_numel, work.cuts)
+            chunks += [chunk for chunk in planned if (key, chunk.begin) not in made]
+        widest = max((work.bytes_per_element for work in works), default=0)
+        self.plan = StepPlan(tuple(chunks), policy.depth, widest)
+        return self.plan
 
-    def _seen_whole(self) -> set[int]:
-        """Ids of what an optimizer must see whole, also where nothing cuts it: one rank, stage 0."""
-        optimizer = self._owner.optimizer
-        chosen = whole_groups(optimizer)
-        return {id(p) for group in optimizer.param_groups if id(group) in chosen for p in group["params"]}
-
-    @contextlib.contextmanager
-    def _scaled(self, optimizer: Any) -> Iterator[Tensor | float | None]:
-        """What gradients are still to be multiplied by; None where the optimizer does it as it reads them, in
-        the same arithmetic.
-        """
-        own = getattr(optimizer, "clip_coef", None)
+    def _scaling(self) -> Scaling:
+        """What gradients are still to be multiplied by."""
         low = any(unit.grad_dtype != torch.float32 for unit in self._owner.owner.trainable)
-        if own is None or self._factor is None or low:
-            yield self._factor
-            return
-        optimizer.clip_coef = own * self._factor
-        try:
-            yield None
-        finally:
-            optimizer.clip_coef = own
+        return Scaling.of(self._owner.optimizer, self._factor, low=low)

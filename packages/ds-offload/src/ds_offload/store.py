@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 from weakref import WeakMethod
 
 import torch
 from torch import Tensor
 
 from ds_core.ground.ticket import Ticket
-from ds_core.state.precision import norms_of
-from ds_core.state.store import HasGradient, HeldLease, Kind, Shares
-from ds_core.train.optim import ShardedOptimizer
+from ds_core.state.store import HeldLease, Kind, Shares
 from ds_kernels.aio import AsyncIO
+from ds_offload.gradients import KeptGradients
 from ds_offload.home import Home
 from ds_offload.lease import MovedLease
 from ds_offload.moves import Moves
 from ds_offload.packing import PackingStore
 from ds_offload.policy import Rounding, Split, Tiered, file_numel
-from ds_offload.step import ChunkedUpdate
+from ds_offload.updates import UpdatingStore
 from ds_offload.volume import Volume
-from ds_offload.zen_update import ZenFlowUpdate
 
-_KINDS: dict[str, Kind] = {"param": "param", "master": "master", "grad": "grad"}
+_KINDS: dict[str, Kind] = {
+    "param": "param", "next param": "param", "master": "master", "next master": "master", "grad": "grad",
+}  # fmt: skip
 _log = logging.getLogger("ds_offload")
 
 
-class TieredStore(PackingStore):
+class TieredStore(UpdatingStore, KeptGradients, PackingStore):
     """A `ds_core` Store whose tensors live where a `Tiered` says. Built from one, or from its settings.
 
     `TieredStore(nvme="/fast/disk", masters="nvme", moments="nvme")` and pass it as `shard(..., store=...)`.
@@ -39,6 +39,8 @@ class TieredStore(PackingStore):
     def __init__(self, policy: Tiered | None = None, **settings: Any) -> None:
         if policy is not None and settings:
             raise ValueError(f"give a Tiered or settings, not both; got a Tiered and {sorted(settings)}")
+        UpdatingStore.__init__(self)
+        KeptGradients.__init__(self)
         self.policy = policy or Tiered(**settings)
         self.splits: dict[Kind, Split] = {
             kind: self.policy.splits()[f"{kind}s"] for kind in ("param", "master", "grad", "moment")
@@ -61,9 +63,8 @@ class TieredStore(PackingStore):
         self._packed, self._packings = {}, {}
         # Masters and moments share one choice: a unit is updated where both are.
         self._rounding = {kind: Rounding(self.splits[kind].device) for kind in ("param", "grad", "master")}
-        self._norms: dict[str, tuple[Tensor, int]] = {}  # by unit: of its gradient, of which version of it
         self._choices: dict[tuple[str, str], bool] = {}
-        self.lookers: list[WeakMethod[Any]] = []  # see _tell
+        self.lookers: list[WeakMethod[Any]] = []  # see _looked
 
     @property
     def away(self) -> TieredStore:
@@ -109,7 +110,7 @@ class TieredStore(PackingStore):
 
     def home(self, key: str) -> Tensor:
         """The live bytes. Everything on its way there has arrived."""
-        _tell(self.lookers)
+        self._looked(key)
         if key in self._here:
             return self._here[key]
         found = self._packed.get(key) or self._homes[key]
@@ -122,10 +123,17 @@ class TieredStore(PackingStore):
 
     def lease(self, key: str, device: torch.device) -> HeldLease | MovedLease:
         """The tensor on a device: itself, or a copy that goes back if dirty."""
-        _tell(self.lookers)
+        self._looked(key)
         if key in self._here:
             return HeldLease(self._here[key])
         return MovedLease(self._homes[key], device)
+
+    def _looked(self, key: str) -> None:
+        """Somebody looks at a home: whoever keeps newer values than homes have puts them there first."""
+        for looker in self.lookers:
+            if (put_away := looker()) is not None:
+                put_away()
+        self._looks[key.rpartition("/")[0]] += 1
 
     def drop(self, key: str) -> None:
         """Forget a tensor and whatever else was kept of its unit; the keys are free again."""
@@ -170,45 +178,25 @@ class TieredStore(PackingStore):
             return None
         return self.moves.from_home(home, 0, out)
 
-    def room(self, unit: HasGradient) -> Tensor | None:
-        """Memory for a gradient before it leaves, with what the unit has so far; None when it stays."""
-        if self.stays(f"{unit.key}/grad", unit.layout.shard_numel):
-            return None
-        room = torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
-        home = self._homes.get(f"{unit.key}/grad")
-        if unit.gradient is None:
-            return room
-        if home is None or unit.gradient.data_ptr() != home.tensor.data_ptr():
-            return room.copy_(unit.gradient)  # put there by hand
+    def landed(self) -> None:
+        """Gradients on their way are in their homes. Raises AioError for the first that is not, once.
+
+        An update that comes late may be writing to other homes meanwhile, and making them.
+        """
         self.moves.settle()
-        self.moves.from_home(home, 0, room).wait()
-        return room
-
-    def keep(self, unit: HasGradient, reduced: Tensor) -> None:
-        """The gradient leaves, and its norm is noted."""
-        key = f"{unit.key}/grad"
-        home = self._homes.get(key) or self.make_home(key, reduced.numel(), reduced.dtype, reduced.device)
-        (norm,) = norms_of([reduced])
-        self.moves.to_home(home, 0, reduced)
-        unit.gradient = home.tensor
-        self._norms[unit.key] = norm, home.tensor._version
-
-    def norm_of(self, unit: HasGradient) -> Tensor:
-        """The 2-norm of a unit's gradient, 0-dim fp32: noted when it left, unless it was written since."""
-        assert unit.gradient is not None
-        norm, version = self._norms.get(unit.key, (None, -1))
-        home = self._homes.get(f"{unit.key}/grad")
-        same = home is not None and unit.gradient.data_ptr() == home.tensor.data_ptr()
-        if norm is not None and same and unit.gradient._version == version:
-            return norm
-        return norms_of([unit.gradient])[0]
+        left = [home for key, home in list(self._homes.items()) if key.endswith("/grad")]
+        _raise_first([error for home in left for error in home.abandon()])
 
     def settle(self) -> None:
-        """Everything on its way has arrived. Raises AioError for the first that did not, once."""
+        """Everything on its way has arrived, an update of the last step that comes late included.
+
+        Collective where there is one: its weights are published. Raises AioError for the first that did not
+        arrive, once.
+        """
+        for update in self.updates():
+            update.settle()
         self.moves.settle()
-        errors = self.abandon()
-        if errors:
-            raise errors[0]
+        _raise_first(self.abandon())
         for home in self.kept():
             home.forget()  # pages that plain looks brought into memory
 
@@ -221,14 +209,10 @@ class TieredStore(PackingStore):
         home = self._homes.get(key)
         return None if home is None or not home.file_bytes else home.forget
 
-    def steps(self, optimizer: Any) -> ChunkedUpdate | ZenFlowUpdate:
-        """The update of what is not on the device."""
-        if self.policy.zenflow is not None:
-            return ZenFlowUpdate(self, cast(ShardedOptimizer, optimizer), self.policy.zenflow)
-        return ChunkedUpdate(self, cast(ShardedOptimizer, optimizer))
-
     def close(self) -> None:
         """Wait for what is under way and give the file back. The store is of no use afterwards."""
+        for update in self.updates():
+            update.close()
         self.moves.settle()
         if self.volume is not None:
             self.volume.close()
@@ -236,11 +220,9 @@ class TieredStore(PackingStore):
             self.io.close()
 
 
-def _tell(lookers: list[WeakMethod[Any]]) -> None:
-    """Somebody looks at a home: whoever keeps newer values than homes have puts them there first."""
-    for looker in lookers:
-        if (put_away := looker()) is not None:
-            put_away()
+def _raise_first(errors: list[BaseException]) -> None:
+    if errors:
+        raise errors[0]
 
 
 def _kind(key: str) -> Kind:

@@ -221,6 +221,13 @@ class Rest:
             self._flight.future.exception()
             self._flight = None
 
+    def close(self) -> None:
+        """End the worker."""
+        self.abandon()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
     def drop(self) -> None:
         """Units are others: nothing of this is of use."""
         self.abandon()

@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
 from ds_core.train.optim import ShardedOptimizer, cut_for
+from ds_offload.in_steps import InSteps
 from ds_offload.step import ChunkedUpdate
 from ds_offload.zen_choice import Choice
 from ds_offload.zen_now import Selected
@@ -30,7 +31,7 @@ from ds_offload.zen_view import FlowStore, View, by_unit
 from ds_offload.zenflow import AUTO_LONGEST, Traffic, ZenFlow
 
 
-class ZenFlowUpdate:
+class ZenFlowUpdate(InSteps):
     """An `Elsewhere` by ZenFlow's rule; `ds_offload.zenflow.ZenFlow` says what it computes.
 
     [Note: held, flying and looked at] Between steps the truth is in three places: `Selected` has the newest
@@ -90,6 +91,11 @@ class ZenFlowUpdate:
             self._drop()
             take_from_groups(self._view.optimizer)
         return self._plain.room(piece, name, dtype)
+
+    def close(self) -> None:
+        """The worker ends; what it was making comes to nothing."""
+        self._rest.close()
+        self._plain.close()
 
     def _drop(self) -> None:
         self._rest.drop()

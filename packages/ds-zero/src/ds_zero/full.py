@@ -71,6 +71,7 @@ def set_full_tensor(param: Tensor, value: Tensor) -> None:
     owner = owner_of(param)
     unit, index = owner.place(param)
     owner.changes.open()
+    owner.settle()
     _write_part(unit, index, unit.values(), value)
     unit.refresh_local()
     owner.publish_unit(unit)
@@ -81,6 +82,7 @@ def set_full_tensor(param: Tensor, value: Tensor) -> None:
 def full_optimizer_state(optimizer: Optimizer | ShardedOptimizer, param: Tensor, name: str) -> Tensor | None:
     """A state such as "exp_avg" of a parameter, whole, on every rank; None if unset. Collective."""
     sharded = attached(optimizer)
+    sharded.owner.settle()
     dtype, scalar = _agree_on_state(sharded, param, name)
     if dtype is None:
         return None
@@ -101,6 +103,7 @@ def set_full_optimizer_state(
     Collective. Raises KeyError when there is no such state yet, ValueError on another shape.
     """
     sharded = attached(optimizer)
+    sharded.owner.settle()
     unit, index = sharded.owner.place(param)
     slot = unit.layout.slots[index]
     dtype, scalar = _agree_on_state(sharded, param, name)

@@ -176,6 +176,10 @@ class ZeroOwner(FlatOwner):
     def let_whole_go(self) -> None:
         self.uses.end_of_backward()
 
+    def publish_late(self, keys: frozenset[str]) -> None:
+        self.uses.end_of_backward()
+        super().publish_late(keys)
+
     def publish_unit(self, unit: FlatUnit) -> None:
         """Whole copies are old now: gather those that stay, forget the others."""
         if not unit.keep_whole and not unit.pinned:
@@ -190,6 +194,7 @@ class ZeroOwner(FlatOwner):
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:
         """Parameters of `units` are whole and current inside. Collective at stage 3."""
         self.parked.need("reading or writing parameters", "param")
+        self.settle_late()
         stay = {id(unit) for unit in units if unit.state is Whole.READY}  # in the middle of a forward
         self.gatherer.acquire_all(units)
         for unit in units:

@@ -22,6 +22,7 @@ from ds_core.state.hooks import OwnerHooks, dtype_of, in_backward, outside_of_gr
 from ds_core.state.layout import Cut
 from ds_core.state.parked import Parkable, Parked
 from ds_core.state.precision import Precision
+from ds_core.state.published import PublishedUnits
 from ds_core.state.reduce import GradReducer
 from ds_core.state.replan import Replanner
 from ds_core.state.saved import SavedUnits
@@ -45,7 +46,7 @@ def owner_of(param: Tensor) -> FlatOwner:
     return owner
 
 
-class FlatOwner(SavedUnits, Parkable):
+class FlatOwner(PublishedUnits, SavedUnits, Parkable):
     """Parameters in flat units, gradients through one reducer, in place on the user's own module.
 
     `sharded`: each rank keeps 1/world of masters, gradients and optimizer state along the data axis.
@@ -218,34 +219,6 @@ class FlatOwner(SavedUnits, Parkable):
             self.reducer.clear()
         else:
             self.reducer.clear_slots(slots)
-
-    def publish(self, *, wait: bool = True, copied: frozenset[str] = frozenset()) -> None:
-        """Masters changed: bring everything that is whole up to date.
-
-        `copied`: keys of units whose shard in the parameters' dtype is up to date already (an optimizer that
-        writes it in the same pass). Without `wait` the gathers are left under way; the next use waits.
-        """
-        self.reducer.forget_taken()
-        for unit in self.trainable:
-            if unit.key in copied:
-                unit.edition += 1
-            else:
-                unit.refresh_local()
-            # Autograd must notice, as it would after a plain optimizer's in-place update.
-            torch.autograd.graph.increment_version(unit.params)
-            unit.note_versions()
-            self.publish_unit(unit)
-        if wait:
-            self.settle()
-
-    def publish_unit(self, unit: FlatUnit) -> None:
-        """The unit's `local` changed: bring its whole copy up to date, or forget it. Collective."""
-        unit.arrive()
-
-    def settle(self) -> None:
-        """Everything that is on its way has arrived."""
-        for unit in self.units:
-            unit.arrive_if_coming()
 
     @contextlib.contextmanager
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:

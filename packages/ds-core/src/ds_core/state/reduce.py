@@ -70,6 +70,7 @@ class GradReducer:
         self._in_flight: list[tuple[FlatUnit, Ticket]] = []
         self._cursor = 0
         self._launching = False
+        self._ends_step = False  # as far as one can tell, the step comes after this round
         self._rounds = 0
         self._expected_rounds: int | None = None
         self._unreduced = False
@@ -92,6 +93,7 @@ class GradReducer:
             unit_pending.taken = [False] * len(unit_pending.filled)
         guess = self._expected_rounds == self._rounds + 1 if self.last is None else self.last
         self._launching = not self.hold and (not self._whole_grads or guess)
+        self._ends_step = self._launching and guess
 
     def take(self, index: int, slot_index: int, grad: Tensor) -> bool:
         """Copy one gradient into its bucket. True when the unit has all of them for this round."""
@@ -132,6 +134,7 @@ class GradReducer:
                 self._launch(self.order[self._cursor])
                 self._cursor += 1
         self._unreduced = not self._launching
+        self._ends_step = False
         self._rounds += 1
         self.in_round = False
 
@@ -178,7 +181,8 @@ class GradReducer:
                 about=unit.about,
             )
             if room is not None and self._away is not None:
-                ticket = Ticket([ticket], keepalive=(room,), finish=partial(self._away.keep, unit, room))
+                keep = partial(self._away.keep, unit, room, final=self._ends_step)
+                ticket = Ticket([ticket], keepalive=(room,), finish=keep)
         self._in_flight.append((unit, ticket))
         while len(self._in_flight) > (IN_FLIGHT if self._overlap else 0):
             self._in_flight.pop(0)[1].wait()
@@ -210,10 +214,13 @@ class GradReducer:
         if self._comm.world > 1:
             bucket.mul_(1.0 / self._comm.world)
 
+        final = self._ends_step
+
         def keep() -> None:
             room = self._away.room(unit) if self._away is not None else None
             if room is not None and self._away is not None:
-                self._away.keep(unit, room.copy_(bucket) if unit.gradient is None else room.add_(bucket))
+                total = room.copy_(bucket) if unit.gradient is None else room.add_(bucket)
+                self._away.keep(unit, total, final=final)
             elif unit.gradient is not None:
                 unit.gradient.add_(bucket)
             else:
@@ -351,7 +358,7 @@ class GradReducer:
             ticket.wait()
         self._in_flight.clear()
         if self._away is not None:
-            self._away.settle()
+            self._away.landed()
 
     def live(self) -> list[Tensor]:
         """What holds gradients between micro batches: buckets that are not reduced yet, and shards."""

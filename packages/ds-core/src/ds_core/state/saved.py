@@ -12,7 +12,7 @@ from ds_core.state.parked import Parked
 from ds_core.state.replan import Replanner
 from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
 from ds_core.state.store import Store
-from ds_core.state.unit import FlatUnit
+from ds_core.state.unit import FlatUnit, Whole
 
 
 class SavedUnits:
@@ -30,6 +30,10 @@ class SavedUnits:
 
     def settle(self) -> None:
         """Everything that is on its way has arrived."""
+        raise NotImplementedError
+
+    def settle_late(self) -> None:
+        """Between steps: an update that comes late is finished and published."""
         raise NotImplementedError
 
     def zero_grad(self) -> None:
@@ -68,9 +72,12 @@ class SavedUnits:
         shapes |= {name: buffer.shape for name, buffer in saved_buffers(self.model).items()}
         check_shapes(shapes, {name: info.shape for name, info in saved.items()})
         self.changes.open()
+        with contextlib.suppress(OSError):  # what cannot be written or read any more is replaced
+            self.settle_late()
         for unit in self.units:
-            with contextlib.suppress(OSError):  # a shard that cannot be read any more: it is replaced
-                unit.arrive_if_coming()
+            if unit.state is Whole.COMING:
+                with contextlib.suppress(OSError):
+                    unit.arrive(unit.ticket)
         targets: dict[str, Tensor | FlatShard] = {}
         for unit in self.units:
             targets |= flat_shards(unit, unit.values().detach(), let_go=paged(self.store, unit))

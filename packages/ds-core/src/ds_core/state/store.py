@@ -109,12 +109,22 @@ class Away(Protocol):
         """
         ...
 
-    def keep(self, unit: HasGradient, reduced: Tensor) -> None:
-        """The gradient, all of it, leaves: `unit.gradient` is its home from here on."""
+    def keep(self, unit: HasGradient, reduced: Tensor, *, final: bool) -> None:
+        """The gradient, all of it, leaves: `unit.gradient` is its home from here on.
+
+        `final`: as far as one can tell nothing will be added before the step.
+        """
+        ...
+
+    def landed(self) -> None:
+        """Every gradient that was kept is in its home."""
         ...
 
     def settle(self) -> None:
-        """Everything that was on its way has arrived: homes are current."""
+        """Everything that was on its way has arrived, updates of an earlier step included: homes are current.
+
+        Collective where updates may come late: the owner publishes them.
+        """
         ...
 
     def paged(self, key: str) -> Callable[[], object] | None:

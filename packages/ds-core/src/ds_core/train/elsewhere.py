@@ -30,6 +30,10 @@ class Elsewhere(Protocol):
         """The 2-norm of each unit's gradient, 0-dim fp32."""
         ...
 
+    def expect(self, factor: float) -> None:
+        """What the next step will probably scale gradients by: its loss scale undone, nothing clipped."""
+        ...
+
     def scale(self, factor: Tensor | float) -> None:
         """Gradients count times this in the next `run`."""
         ...

@@ -115,6 +115,7 @@ class Engine:
         optimizer.wait = False
         self._micro = 0
         self._tally = Tally()
+        self._tokens_factor = 1.0  # of the last step: what tokens made of its gradients
         self._spent: weakref.ref[Tensor] | None = None  # the loss whose graph is used up
         self._overflows = 0  # in a row
         self._again: Callable[[], object] | None = None  # the last forward, should it need explaining
@@ -164,6 +165,9 @@ class Engine:
         scaled = loss * self._tally.weight(tokens, self.accumulate)
         if self.scaler is not None:
             scaled = self.scaler.scale(scaled)
+        if self.at_boundary:
+            scale = self.scaler.value if self.scaler is not None else 1.0
+            self.optimizer.expect(self._tokens_factor / scale)
         with self._explaining_oom(), self.owner.micro_step(last=self.at_boundary):
             scaled.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         self._tally.add(loss, tokens, retained=retain_graph)
@@ -188,6 +192,7 @@ class Engine:
         except (ValueError, RuntimeError):
             self.zero_grad()
             raise
+        self._tokens_factor = totals.factor
         factor = totals.factor / scale
         norm = math.sqrt(square) * factor
         finite = math.isfinite(norm)

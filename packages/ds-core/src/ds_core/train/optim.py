@@ -214,6 +214,14 @@ class ShardedOptimizer(SavedOptimizer):
         if elsewhere is not None:
             elsewhere.scale(factor)
 
+    def expect(self, factor: float) -> None:
+        """The step of the backward that begins will multiply gradients by this, unless it clips or skips.
+
+        A wrong guess costs time where updates begin during the backward, and nothing else.
+        """
+        if self.elsewhere is not None:
+            self.elsewhere.expect(factor)
+
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         """With a closure gradients come in the middle of the step: they are shown when it returns."""
         if self._calls_another():

@@ -32,6 +32,7 @@ class SavedOptimizer:
         """`<parameter>/<state>` as shards of the parameter's shape, and the groups' options as JSON."""
         self.owner.parked.need("a checkpoint", "moment")
         self.held.look()
+        self.owner.settle()
         state: dict[str, Tensor | FlatShard | Json] = {}
         for piece in self.held.trained:
             for name, value in self.optimizer.state.get(piece.param, {}).items():
@@ -84,6 +85,7 @@ class SavedOptimizer:
         if strangers:
             check_shapes({}, strangers)
         self.owner.changes.open()
+        self.owner.settle()
         targets: dict[str, Tensor | FlatShard] = {}
         for piece in self.held.trained:
             state: dict[str, Any] = {}
