@@ -101,8 +101,8 @@ def main() -> None:
     print("tier  update         forward  backward      step       all  kept %")
     cells = [(tier, update) for tier in ("host", "nvme") for update in ("step", "speculative", "delayed")]
     rows: dict[tuple[str, str], list[dict[str, float]]] = {cell: [] for cell in cells}
-    for _ in range(args.rounds):  # in turn: other work on the machine hits all of them
-        for cell in cells:
+    for turn in range(args.rounds):  # there and back: other work on the machine hits all of them
+        for cell in cells if turn % 2 else cells[::-1]:
             rows[cell].append(measure(args, *cell))
     for tier, update in cells:
         row = min(rows[tier, update], key=lambda found: found["all"])

@@ -136,7 +136,7 @@ def test_it_converges_as_far_as_the_plain_update(tmp_path: Path) -> None:
             run.optimizer.step()
             run.optimizer.zero_grad()
         run.owner.settle()
-        losses.append(float((run.model(x) - y).square().mean()))
+        losses.append((run.model(x) - y).square().mean().item())
         assert losses[-1] < first / 4
     assert losses[1] != losses[0]
     assert losses[1] < 1.25 * losses[0]

@@ -116,7 +116,7 @@ def test_every_thread_waits_for_a_write(tmp_path: Path) -> None:
         home.settle()
         done.append(name)
 
-    threads = [threading.Thread(target=wait, args=(name,)) for name in ("one", "two")]
+    threads = [threading.Thread(target=wait, args=(name,), daemon=True) for name in ("one", "two")]
     for thread in threads:
         thread.start()
     time.sleep(0.1)

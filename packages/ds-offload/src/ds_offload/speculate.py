@@ -130,8 +130,9 @@ class Speculation:
 
     The buffers stay: `speculate_bytes` bounds them, and chunks beyond it wait for the step, as do those that
     the worker has not come to. A unit takes part from its second step on, when all its parameters are this
-    optimizer's. Where forward and backward run on the cores that the update needs, as on a CPU, there is
-    little to win: what counts is the time in which host or disk would have waited for a device.
+    optimizer's. Where forward and backward run on the cores that the update needs, as on a CPU, it hides
+    reads of a file at best and gains nothing in memory (benchmarks/README.md): what counts is the time in
+    which host or disk would have waited for a device.
 
     What the check cannot see is a write through `.data` to a shard in `optimizer.param_groups` between the
     backward and the step; write under `torch.no_grad()` instead.
