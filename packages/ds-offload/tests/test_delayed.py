@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ds_core.train.clip import clip_grad_norm_
 from ds_core.train.engine import Engine
+from ds_offload import park, unpark
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -175,8 +177,21 @@ def test_the_engine_accumulates_into_another_home(tmp_path: Path) -> None:
     assert_same(of_run(run), reference.values())
 
 
-def test_a_look_publishes(tmp_path: Path) -> None:
-    """A checkpoint sees every update; the step after it lacks none."""
+def parked_and_back(run: Run) -> None:
+    park(run.optimizer)
+    unpark(run.optimizer)
+
+
+LOOKS: dict[str, Callable[[Run], object]] = {
+    "the model's checkpoint": lambda run: run.owner.state_dict(),
+    "the optimizer's checkpoint": lambda run: run.sharded.state_dict(),
+    "parking": parked_and_back,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_look_publishes(look: Callable[[Run], object], tmp_path: Path) -> None:
+    """A checkpoint sees every update, and so does what is parked; the step after it lacks none."""
     run, reference = Run("adamw", **delayed(tmp_path)), Reference("adamw", None, 2)
     for seed in range(7):
         run.loss(seed).backward()
@@ -185,7 +200,7 @@ def test_a_look_publishes(tmp_path: Path) -> None:
         reference.loss(seed).backward()
         reference.step()
         if seed == 4:
-            run.sharded.state_dict() if seed % 2 else run.owner.state_dict()
+            look(run)
             assert not run.update.delay.pending
             reference.publish()
             assert_same(shown_by(run), {n: p.detach() for n, p in reference.shown.named_parameters()})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,38 +14,36 @@ from overlap_cases import Run
 
 
 @pytest.mark.parametrize("tier", ["host", "nvme", "0.5 host / 0.5 nvme"])
-@pytest.mark.parametrize("between", ["nothing", "written", "replaced", "kept", "dropped"])
-def test_what_is_added_is_what_is_there(between: str, tier: str, tmp_path: Path) -> None:
-    """The old gradient starts to come back when room is asked for; what happens until it is kept counts."""
+@pytest.mark.parametrize(
+    ("between", "there"), [("nothing", 1.0), ("written", 2.0), ("replaced", 3.0), ("dropped", None)]
+)
+def test_what_is_added_to_is_what_is_there(
+    between: str, there: float | None, tier: str, tmp_path: Path
+) -> None:
+    """Room comes with what the unit has so far, whoever put it there; what is kept is all of it."""
     run = Run("adamw", nvme=str(tmp_path), grads=tier)
     store, unit = run.store, run.owner.trainable[0]
     assert store is not None
-
-    def kept(value: float) -> Any:
-        room = store.room(unit)
-        assert room is not None
-        return room.fill_(value)
-
-    store.keep(unit, kept(1.0), final=False)
-    store.landed()
-    room = kept(10.0)
-    gradient = unit.gradient
-    assert gradient is not None
-    wanted = 11.0
+    first = store.room(unit)
+    assert first is not None
+    store.keep(unit, first.fill_(1.0), final=False)  # not landed yet
+    assert unit.gradient is not None
     if between == "written":
-        gradient.fill_(2.0)
-        wanted = 12.0
+        store.landed()
+        unit.gradient.fill_(2.0)
     elif between == "replaced":
-        unit.gradient = torch.full_like(gradient, 3.0)
-        wanted = 13.0
-    elif between == "kept":
-        store.keep(unit, torch.full_like(gradient, 100.0), final=False)
-        wanted = 111.0
+        unit.gradient = torch.full_like(unit.gradient, 3.0)
     elif between == "dropped":
         unit.drop_grad()
-        wanted = 10.0
-    store.keep(unit, room, final=False)
+    room = store.room(unit)
+    assert room is not None
+    assert there is None or torch.equal(room, torch.full_like(room, there))
+    store.keep(unit, room.fill_(5.0), final=False)
     store.landed()
     assert unit.gradient is not None
-    assert torch.equal(unit.gradient, torch.full_like(unit.gradient, wanted))
-    assert store.norm_of(unit) == torch.full_like(unit.gradient, wanted).norm()
+    assert torch.equal(unit.gradient, torch.full_like(unit.gradient, 5.0))
+    noted = store.norm_of(unit)
+    assert noted == torch.full_like(unit.gradient, 5.0).norm()
+    assert store.norm_of(unit) is noted
+    unit.gradient.fill_(7.0)
+    assert store.norm_of(unit) == torch.full_like(unit.gradient, 7.0).norm()

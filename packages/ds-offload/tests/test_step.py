@@ -175,12 +175,17 @@ def muon(model: Model) -> Optimizer:
     return JointOptimizer([Muon(matrices, lr=0.02), torch.optim.AdamW(rest, lr=1e-2)])
 
 
+@pytest.mark.parametrize("update", ["step", "speculative"])
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("make", [lamb, muon])
-def test_optimizers_that_see_whole_parameters(both: Callable[..., Both], make: Make, tier: str) -> None:
+def test_optimizers_that_see_whole_parameters(
+    both: Callable[..., Both], make: Make, tier: str, update: str
+) -> None:
     """Chunks end where parameters do, also where the owner may cut anywhere because it cuts nothing."""
-    pair = both(make, tier)
+    pair = both(make, tier, update=update)
     pair.train(3)
+    if update != "step":
+        return  # the plan is of what was not updated ahead
     ends = {0} | {piece.overlap.local[1] for piece in pair.sharded.pieces}
     assert pair.sharded.elsewhere is not None
     plan = pair.sharded.elsewhere.plan  # type: ignore[attr-defined]
@@ -306,8 +311,9 @@ def test_states_that_a_checkpoint_of_torch_brought_are_gone_on_with(both: Callab
             assert pair.optimizer.state[piece.param]["exp_avg"].data_ptr() == at.data_ptr()
 
 
-def test_an_overflow_that_the_optimizer_found_changes_nothing(both: Callable[..., Both]) -> None:
-    pair = both(lambda model: FusedAdamW(model.parameters(), lr=1e-2))
+@pytest.mark.parametrize("update", ["step", "speculative"])
+def test_an_overflow_that_the_optimizer_found_changes_nothing(both: Callable[..., Both], update: str) -> None:
+    pair = both(lambda model: FusedAdamW(model.parameters(), lr=1e-2), update=update)
     pair.train(1)
     for optimizer in (pair.optimizer, pair.plain):
         optimizer.found_inf = torch.tensor(1.0)  # type: ignore[attr-defined]
@@ -377,20 +383,21 @@ class Failing(torch.optim.SGD):
         return None
 
 
+@pytest.mark.parametrize("update", ["step", "speculative"])
 def test_an_optimizer_that_raises_leaves_its_groups_and_no_strangers(
-    both: Callable[..., Both], tmp_path: Path
+    both: Callable[..., Both], update: str
 ) -> None:
     def make(model: Model) -> Optimizer:
         found = Failing(model.parameters(), lr=0.1)
         found.elementwise = True  # type: ignore[attr-defined]
         return found
 
-    pair = both(make)
+    pair = both(make, update=update)
     pair.train(2)
     groups = [{**group, "params": list(map(id, group["params"]))} for group in pair.optimizer.param_groups]
     known = set(map(id, pair.optimizer.state))
-    pair.backward(2)
     Failing.left = 2  # the second chunk
+    pair.backward(2)
     with pytest.raises(ArithmeticError, match="planted"):
         pair.optimizer.step()
     Failing.left = 10**9

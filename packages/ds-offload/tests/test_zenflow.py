@@ -437,6 +437,15 @@ def test_an_error_beside_the_training_is_raised_before_anything_changes_and_made
     assert_same(run.masters(), quiet.masters())
 
 
+def test_a_store_that_is_closed_ends_the_thread() -> None:
+    run = Run(FLOWS["beside"], {}).steps(0, 4)
+    assert run.update.progress.flying
+    (worker,) = run.update._rest._pool._threads  # type: ignore[union-attr]
+    assert worker.is_alive()
+    run.store.close()
+    assert not worker.is_alive()
+
+
 # -- settings and bytes --------------------------------------------------------------------------------------
 
 

@@ -46,6 +46,8 @@ class KeptGradients:
             return None
         room = torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
         home = self._homes.get(f"{unit.key}/grad")
+        if home is not None:
+            home.settle()  # what left before, and was dropped or replaced, must not arrive after what comes
         if unit.gradient is None:
             return room
         if home is None or not _shows(unit.gradient, home):

@@ -120,8 +120,11 @@ class Home:
     def abandon(self) -> list[BaseException]:
         """Every write is over, whichever thread waits first; what went wrong, told once."""
         with self._waiting:
-            pending, self.pending = self.pending, []
-            return [error for future in pending if (error := future.exception()) is not None]
+            errors = []
+            while self.pending:  # another thread may be adding to it
+                if (error := self.pending.pop(0).exception()) is not None:
+                    errors.append(error)
+            return errors
 
     def forget(self) -> None:
         """Let go of the file's pages that a plain look at the tensor brought into memory."""
