@@ -225,3 +225,14 @@ def test_close_leaves_an_engine_that_was_given_to_others(tmp_path: Path) -> None
     with pytest.raises((AioError, ValueError)):
         two.read(extent.offset, torch.ones(PAGE, dtype=torch.uint8)).result(20)
     io.close()
+
+
+def test_bytes_freed_in_the_middle_of_an_allocation_wait_for_the_next(volume: Volume) -> None:
+    """The collector may end a tensor while this very thread allocates; nothing waits for itself."""
+    one = volume.allocate(PAGE)
+    volume.allocate(PAGE)
+    with volume._lock:
+        volume.free(one)
+        assert volume.used == 2 * PAGE
+    assert volume.allocate(PAGE) == one
+    assert volume.used == 2 * PAGE
