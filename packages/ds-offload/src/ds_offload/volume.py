@@ -107,8 +107,8 @@ class Volume:
         """Give bytes back to this volume; after `close` there is nothing to give back. Requests on them must
         be done.
 
-        [Note: freed while another is allocated] Tensors end when the collector finds them, which may be in the
-        middle of `allocate` on this very thread. So nothing here waits: whoever has the lock takes it back.
+        [Note: freed while another is allocated] Tensors end when the collector finds them, which may be in
+        the middle of `allocate` on this very thread. So nothing here waits: whoever has the lock takes them.
         """
         self._given_back.append(extent)
         if self._lock.acquire(blocking=False):
