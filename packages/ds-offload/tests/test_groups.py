@@ -71,8 +71,9 @@ def test_the_groups_are_back_after_an_error() -> None:
         assert self.param_groups[0]["params"] == []
         raise ZeroDivisionError
 
-    with Groups(optimizer) as groups, pytest.raises(ZeroDivisionError):
-        groups._inner = broken
+    groups = Groups(optimizer)
+    groups._inner = broken
+    with pytest.raises(ZeroDivisionError), groups:
         groups.step([])
     assert optimizer.param_groups[0]["params"][0] is params[0]
 

@@ -129,6 +129,7 @@ def test_a_norm_is_noted_and_forgotten_when_the_gradient_is_written(store: Tiere
         room = store.room(unit)
         assert room is not None
         store.keep(unit, room.copy_(reduced(unit, seed)))
+        store.settle()
 
     def noted() -> bool:
         """Is the norm the noted one, and in any case the true one?"""
