@@ -13,7 +13,7 @@ from ds_core.ground.mesh import Mesh, Topology
 from ds_core.testing.distributed import run_ranks
 from ds_offload import TieredStore
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "parity")]
 
 STEPS = 2
 
