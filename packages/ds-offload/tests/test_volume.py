@@ -201,6 +201,8 @@ def test_after_close_nothing_reaches_a_descriptor_that_somebody_else_has(tmp_pat
     assert numbers <= {other.fileno() for other in others} | {-1}
     volume.free(last)
     volume.free(first)
+    with pytest.raises(OSError, match="of a volume that is closed"):
+        volume.allocate(9 * PAGE)
     assert [os.fstat(other.fileno()).st_size for other in others] == [3 * PAGE] * len(others)
     for other in others:
         other.close()

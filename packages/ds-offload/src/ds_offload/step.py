@@ -28,7 +28,7 @@ class UpdateStore(Homes, Protocol):
 
     def stays(self, key: str, numel: int) -> bool: ...
     def norm_of(self, unit: FlatUnit) -> Tensor: ...
-    def abandon(self) -> list[BaseException]: ...
+    def settle(self) -> None: ...
 
 
 class ChunkedUpdate:
@@ -110,7 +110,8 @@ class ChunkedUpdate:
                     for future in left.reading:
                         future.exception()
                 self._turns.abandon()
-                self._store.abandon()
+                with contextlib.suppress(OSError):  # the one that is raised already says it
+                    self._store.settle()
                 raise
         for mine in pieces.values():
             for piece in mine:

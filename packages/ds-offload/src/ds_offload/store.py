@@ -206,15 +206,11 @@ class TieredStore(PackingStore):
     def settle(self) -> None:
         """Everything on its way has arrived. Raises AioError for the first that did not, once."""
         self.moves.settle()
-        errors = self.abandon()
+        errors = [error for home in self.kept() for error in home.abandon()]
         if errors:
             raise errors[0]
         for home in self.kept():
             home.forget()  # pages that plain looks brought into memory
-
-    def abandon(self) -> list[BaseException]:
-        """Every write is over, whatever became of it; what went wrong."""
-        return [error for home in self.kept() for error in home.abandon()]
 
     def paged(self, key: str) -> Callable[[], None] | None:
         """Of a tensor that is on disk, at least in part: what lets go of its pages in memory."""

@@ -72,11 +72,13 @@ class Volume:
     def allocate(self, nbytes: int) -> Extent:
         """Bytes that are ours from here on, in whole pages.
 
-        Raises: OSError (ENOSPC) naming the path, the bytes wanted and those that are free.
+        Raises: OSError naming the path: ENOSPC with the bytes wanted and what is free; EBADF once closed.
         """
         size = max(PAGE, -(-nbytes // PAGE) * PAGE)
         with self._lock:
             self._take_back()
+            if self._closed:  # the descriptor's number may be another file's by now
+                raise OSError(errno.EBADF, f"wanted {size} bytes of a volume that is closed", self.path)
             for index, hole in enumerate(self._free):
                 if hole.nbytes >= size:
                     rest = Extent(hole.offset + size, hole.nbytes - size)

@@ -27,7 +27,7 @@ from ds_core.state.replan import Replanner
 from ds_core.state.saved import SavedUnits
 from ds_core.state.shard import ChangeGate
 from ds_core.state.store import DeviceStore, Store
-from ds_core.state.unit import FlatUnit
+from ds_core.state.unit import FlatUnit, Whole
 from ds_core.state.units import LEAF_MARK, Split, UnitPlan
 
 # parameter -> its owner: the one table that lets `full_tensor(param)` and friends start from a parameter.
@@ -245,7 +245,8 @@ class FlatOwner(SavedUnits, Parkable):
     def settle(self) -> None:
         """Everything that is on its way has arrived."""
         for unit in self.units:
-            unit.arrive_if_coming()
+            if unit.state is Whole.COMING:
+                unit.arrive(unit.ticket)
 
     @contextlib.contextmanager
     def whole(self, units: Sequence[FlatUnit]) -> Iterator[None]:

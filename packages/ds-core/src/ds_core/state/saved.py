@@ -12,7 +12,7 @@ from ds_core.state.parked import Parked
 from ds_core.state.replan import Replanner
 from ds_core.state.shard import ChangeGate, FlatShard, Json, SavedTensor
 from ds_core.state.store import Store
-from ds_core.state.unit import FlatUnit
+from ds_core.state.unit import FlatUnit, Whole
 
 
 class SavedUnits:
@@ -70,7 +70,8 @@ class SavedUnits:
         self.changes.open()
         for unit in self.units:
             with contextlib.suppress(OSError):  # a shard that cannot be read any more: it is replaced
-                unit.arrive_if_coming()
+                if unit.state is Whole.COMING:
+                    unit.arrive(unit.ticket)
         targets: dict[str, Tensor | FlatShard] = {}
         for unit in self.units:
             targets |= flat_shards(unit, unit.values().detach(), let_go=paged(self.store, unit))

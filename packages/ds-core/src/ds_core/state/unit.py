@@ -206,21 +206,15 @@ class FlatUnit:
             self.point_at_whole()
             self.note_versions()
 
-    def arrive_if_coming(self) -> None:
-        """What is on its way is there."""
-        if self.state is Whole.COMING:
-            self.arrive(self.ticket)
-
     def let_go(self) -> None:
         """Free the whole copy. See [Note: buffers are let go by resize]."""
         ticket, self.ticket = self.ticket, None
+        failed: OSError | None = None
         try:
             if ticket is not None:
                 ticket.wait()
-        finally:
-            self._free_whole()
-
-    def _free_whole(self) -> None:
+        except OSError as error:  # of a disk: it goes all the same
+            failed = error
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             mark_present(param)
             param.data = self._poison.expand(slot.shape)
@@ -230,6 +224,8 @@ class FlatUnit:
             mark_absent(param, slot.fqn, self._bring)
         self.whole.untyped_storage().resize_(0)
         self.state = Whole.ABSENT
+        if failed is not None:
+            raise failed
         if written is not None:
             raise LostWriteError(written)
 
