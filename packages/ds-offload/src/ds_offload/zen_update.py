@@ -223,6 +223,7 @@ class ZenFlowUpdate:
             view.progress = _anew(self.flow)
             if saved is not None:
                 view.progress.load(saved, view.optimizer)
+                view.progress.keep(view.slots().keys())
         self._rest.resume()
 
     # -- looking -------------------------------------------------------------------------------------------
