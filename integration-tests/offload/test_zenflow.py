@@ -298,10 +298,10 @@ def test_freezing_and_thawing_in_the_middle_of_an_interval(stage: int, tmp_path:
     def train(flow: dict[str, Any] | None) -> Run:
         run = Run(stage, flow, tmp_path).steps(0, 4)
         run.model[3].weight.requires_grad_(False)
-        run.steps(4, 5)
+        run.steps(4, 6)  # units are cut anew before the second
         if flow is not None and flow.get("update_interval") == 4:
             assert run.update.progress.flying == {"0.weight": 4, "4.weight": 4}
-        run.steps(5, 7)
+        run.steps(6, 7)
         run.model[3].weight.requires_grad_(True)
         return run.steps(7, 11)
 
