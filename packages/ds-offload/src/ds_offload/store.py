@@ -152,8 +152,11 @@ class TieredStore(PackingStore):
         return self.moves.from_home(home, 0, out)
 
     def room(self, unit: FlatUnit) -> Tensor | None:
-        """Memory for a reduced gradient that leaves the device; None when this unit's stays."""
-        if self.stays(f"{unit.key}/grad", unit.layout.shard_numel):
+        """Memory for a reduced gradient that leaves the device; None when this unit's stays.
+
+        It stays wherever the unit is updated on the device, which needs it there.
+        """
+        if any(self.stays(f"{unit.key}/{kind}", unit.layout.shard_numel) for kind in ("grad", "master")):
             return None
         return torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
 
