@@ -171,8 +171,11 @@ class TieredStore(PackingStore):
         return self.moves.from_home(home, 0, out)
 
     def room(self, unit: HasGradient) -> Tensor | None:
-        """Memory for a gradient before it leaves, with what the unit has so far; None when it stays."""
-        if self.stays(f"{unit.key}/grad", unit.layout.shard_numel):
+        """Memory for a gradient before it leaves, with what the unit has so far; None when it stays.
+
+        It stays wherever the unit is updated on the device, which needs it there.
+        """
+        if any(self.stays(f"{unit.key}/{kind}", unit.layout.shard_numel) for kind in ("grad", "master")):
             return None
         room = torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
         home = self._homes.get(f"{unit.key}/grad")
