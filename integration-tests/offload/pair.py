@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +19,6 @@ from ds_core.testing.models import CASES, Case, Stack
 from ds_kernels.optim import FusedAdamW
 from ds_offload import TieredStore
 from ds_zero import Zero, clip_grad_norm_
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "parity"))
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 SCALE = 2.0**6  # of the loss in fp16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from ds_core.ground.mesh import Mesh, Topology
 from ds_core.testing.distributed import run_ranks
 from ds_offload import TieredStore
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "parity")]
 
 STEPS = 2
 
@@ -75,3 +76,19 @@ def every_row(folder: Path) -> int:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_training_with_state_elsewhere_is_equal_to_the_bit(world: int, tmp_path: Path) -> None:
     assert run_ranks(every_row, world, timeout=200.0, folder=tmp_path) == [len(rows())] * world
+
+
+def against_the_twin(case: str, folder: Path) -> None:
+    from matrix import run_cell
+    from pair import POLICIES
+
+    mesh = Topology(dp_shard=dist.get_world_size()).build()
+    for stage, dtype, variant in product((0, 1, 2, 3), ("fp32", "bf16", "fp16"), ("plain", "ema")):
+        store = TieredStore(nvme=str(folder), **POLICIES["nvme"])
+        run_cell(mesh, case, stage, 4, dtype, variant, store=store)
+        store.close()
+
+
+@pytest.mark.parametrize("case", ["tied", "frozen"])
+def test_training_with_state_on_disk_equals_the_unsharded_twin(case: str, tmp_path: Path) -> None:
+    run_ranks(against_the_twin, 2, timeout=120.0, case=case, folder=tmp_path)

@@ -16,6 +16,7 @@ from ds_core import Engine
 from ds_core.ground.mesh import Topology
 from ds_core.state.parked import ParkedStateError
 from ds_core.testing.distributed import distributed
+from ds_core.testing.faults import SlowCommunicator
 from ds_core.train.optim import attached
 from ds_offload import TieredStore, park, unpark
 from ds_offload.parking import StateLot
@@ -91,6 +92,27 @@ def test_training_goes_on_bit_for_bit(
         assert left == back == before == held(parked)
         assert all(map(torch.equal, state(plain), state(parked)))
     assert torch.equal(full_tensor(plain.model[0].weight), full_tensor(parked.model[0].weight))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@distributed(world_size=2)
+def test_nothing_is_under_way_when_it_parks(rank: int, stage: int) -> None:
+    """Collectives start as late as they may: one that was not waited for would write to freed memory."""
+    plain, parked = build(stage, torch.bfloat16, None), build(stage, torch.bfloat16, None)
+    owner: Any = parked.owner
+    owner.reducer._comm = SlowCommunicator(owner.reducer._comm)
+    owner.gatherer._comm = SlowCommunicator(owner.gatherer._comm)
+    for seed in range(4):
+        for engine in (plain, parked):
+            micro(engine, seed, rank)
+        parked.offload_states()
+        if seed == 2:
+            for engine in (plain, parked):
+                engine.zero_grad()
+        parked.reload_states()
+    for engine in (plain, parked):
+        micro(engine, 4, rank)
+    assert all(map(torch.equal, state(plain), state(parked)))
 
 
 @distributed(world_size=4)

@@ -290,6 +290,30 @@ def test_checkpoints_go_from_and_to_plain_offload(tmp_path: Path) -> None:
     assert_same(again.whole(), unused.whole())
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+@distributed(2, timeout=120)
+def test_freezing_and_thawing_in_the_middle_of_an_interval(stage: int, tmp_path: Path) -> None:
+    """Units are cut anew. Sums of what stays go along; what was added up of what freezes is let go."""
+
+    def train(flow: dict[str, Any] | None) -> Run:
+        run = Run(stage, flow, tmp_path).steps(0, 4)
+        run.model[3].weight.requires_grad_(False)
+        run.steps(4, 6)  # units are cut anew before the second
+        if flow is not None and flow.get("update_interval") == 4:
+            assert run.update.progress.flying == {"0.weight": 4, "4.weight": 4}
+        run.steps(6, 7)
+        run.model[3].weight.requires_grad_(True)
+        return run.steps(7, 11)
+
+    plain = train(None)
+    for limit in ({"topk_ratio": 1.0}, {"update_interval": 1, "overlap": False}):
+        assert train(limit).numbers == plain.numbers
+    run = train({**FLOW, "update_interval": 4, "select_interval": 100})
+    assert run.update.progress.counts == {"0.weight": 2, "3.weight": 2, "4.weight": 2}
+    assert run.losses[-1] != plain.losses[-1]
+    assert abs(run.losses[-1] - plain.losses[-1]) < 0.2 * plain.losses[-1]
+
+
 # -- looks and skips ----------------------------------------------------------------------------------------
 
 

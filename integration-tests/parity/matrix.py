@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ds_core import JointOptimizer
 from ds_core.ground.mesh import Mesh
+from ds_core.protocols import Store
 from ds_core.state.owner import FlatOwner
 from ds_core.testing.models import CASES
 from ds_core.testing.parity import Twin, TwinStep, assert_close_norm
@@ -95,7 +96,14 @@ VARIANTS = {"plain": Variant(), "muon": Variant(muon, same_weights=True), "ema":
 
 
 def run_cell(
-    mesh: Mesh, case_name: str, stage: int, accumulate: int, dtype_name: str, variant: str = "plain"
+    mesh: Mesh,
+    case_name: str,
+    stage: int,
+    accumulate: int,
+    dtype_name: str,
+    variant: str = "plain",
+    *,
+    store: Store | None = None,
 ) -> None:
     """Train `STEPS` steps both ways; compare every gradient and every weight after each step."""
     case, dtype, row = CASES[case_name], DTYPES[dtype_name], VARIANTS[variant]
@@ -104,7 +112,7 @@ def run_cell(
     scale = 2.0**6 if dtype == torch.float16 else 1.0
     twin = Twin(case, make, ranks=ranks, dtype=dtype, loss_scale=scale, zero_unused=False)
     model = case.build()
-    model, optimizer = shard(model, make(model), stage=stage, mesh=mesh, dtype=dtype)
+    model, optimizer = shard(model, make(model), stage=stage, mesh=mesh, dtype=dtype, store=store)
     owner = attached(optimizer).owner
     rtol = tolerance(dtype)
     shadow = case.build()

@@ -218,6 +218,20 @@ def test_small_tensors_stay(make: Callable[..., ActivationOffload]) -> None:
     assert offload.traffic().saved_bytes == 0
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_is_not_plain_bytes_stays(make: Callable[..., ActivationOffload]) -> None:
+    offload = make()
+    x = torch.rand(40, 40, requires_grad=True)
+    sparse = torch.eye(40).to_sparse()
+    nested = torch.nested.nested_tensor([torch.rand(30, 4), torch.rand(20, 4)], requires_grad=True)
+    with offload:
+        torch.sparse.mm(sparse, x).sum().backward()
+        nested.relu().to_padded_tensor(0.0).sum().backward()
+    assert x.grad is not None
+    assert nested.grad is not None
+    assert offload.traffic().saved_bytes == 0
+
+
 def test_nothing_is_done_without_gradients(make: Callable[..., ActivationOffload]) -> None:
     offload = make(model := build())
     with torch.no_grad(), offload:
@@ -555,7 +569,7 @@ def test_an_end_while_the_lock_is_taken_waits_for_it(make: Callable[..., Activat
         loss = forward(model)
     with offload._shelf._lock:
         del loss  # as a garbage collection inside one of its own lines would
-        assert sum(offload._shelf._bytes.values()) > 0
+        assert sum(offload._shelf._ledger.bytes.values()) > 0
     assert offload.traffic().live_bytes == 0
 
 

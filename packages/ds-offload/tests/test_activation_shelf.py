@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_offload.activation_order import Where
 from ds_offload.activation_piece import whole
-from ds_offload.activation_shelf import Saved, Shelf, Where
+from ds_offload.activation_shelf import Saved, Shelf
 
 SIZE = 256  # bytes of every tensor here
 
@@ -146,7 +147,7 @@ def test_what_is_needed_again_much_later_makes_room() -> None:
     while layers:
         last = len(layers) - 1
         assert ask(shelf, layers.pop()) == last
-        assert shelf._bytes[Where.BACK] <= 3 * SIZE
+        assert shelf._ledger.bytes[Where.BACK] <= 3 * SIZE
     assert ask(shelf, early) == 99
     assert tier.notes.count("take 99") == 2
 
@@ -183,7 +184,7 @@ def test_few_bytes_are_on_the_way_out_at_a_time() -> None:
     assert ask(shelf, graph[4]) == 4  # still here: no reading
     assert "begin 4" not in tier.notes
     shelf.settle()
-    assert shelf.traffic().here_bytes == SIZE + 3 * 0 + shelf._bytes[Where.BACK]
+    assert shelf.traffic().here_bytes == SIZE + 3 * 0 + shelf._ledger.bytes[Where.BACK]
     assert tier.notes[-1] == "trim"
 
 

@@ -201,6 +201,8 @@ def test_after_close_nothing_reaches_a_descriptor_that_somebody_else_has(tmp_pat
     assert numbers <= {other.fileno() for other in others} | {-1}
     volume.free(last)
     volume.free(first)
+    with pytest.raises(OSError, match="of a volume that is closed"):
+        volume.allocate(9 * PAGE)
     assert [os.fstat(other.fileno()).st_size for other in others] == [3 * PAGE] * len(others)
     for other in others:
         other.close()
@@ -225,3 +227,14 @@ def test_close_leaves_an_engine_that_was_given_to_others(tmp_path: Path) -> None
     with pytest.raises((AioError, ValueError)):
         two.read(extent.offset, torch.ones(PAGE, dtype=torch.uint8)).result(20)
     io.close()
+
+
+def test_bytes_freed_in_the_middle_of_an_allocation_wait_for_the_next(volume: Volume) -> None:
+    """The collector may end a tensor while this very thread allocates; nothing waits for itself."""
+    one = volume.allocate(PAGE)
+    volume.allocate(PAGE)
+    with volume._lock:
+        volume.free(one)
+        assert volume.used == 2 * PAGE
+    assert volume.allocate(PAGE) == one
+    assert volume.used == 2 * PAGE

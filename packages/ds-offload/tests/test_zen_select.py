@@ -7,8 +7,6 @@ import torch
 
 from ds_offload.zen_select import Judge, Part, add_energies, choose, columns_of, pack, unpack
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize("columns", [1, 5, 8])
 def test_a_part_is_the_mask_of_its_columns_for_every_range(columns: int) -> None:
@@ -19,7 +17,7 @@ def test_a_part_is_the_mask_of_its_columns_for_every_range(columns: int) -> None
     mask[:, chosen] = True
     for begin in range(rows * columns):
         for end in range(begin + 1, rows * columns + 1):
-            part = Part(begin, end - begin, columns, chosen, CPU)
+            part = Part(begin, end - begin, columns, chosen)
             flat = whole[begin:end].clone()
             taken = part.take(flat)
             inside = mask.view(-1)[begin:end]
@@ -30,7 +28,7 @@ def test_a_part_is_the_mask_of_its_columns_for_every_range(columns: int) -> None
 
 
 def test_no_columns_are_all_elements() -> None:
-    part = Part(3, 4, 0, None, CPU)
+    part = Part(3, 4, 0, None)
     flat = torch.arange(4.0)
     taken = part.take(flat)
     assert torch.equal(taken, flat)

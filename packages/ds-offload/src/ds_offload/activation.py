@@ -13,9 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ds_core.ground.accelerator import Accelerator
 from ds_core.state.forwards import Choice, ForwardSwap, choose_blocks
+from ds_offload.activation_ledger import Traffic
 from ds_offload.activation_piece import piece_of
 from ds_offload.activation_place import DiskTier, HostTier, StreamLane, Tier
-from ds_offload.activation_shelf import Saved, Shelf, Traffic, check_version
+from ds_offload.activation_shelf import Saved, Shelf, check_version
 from ds_offload.slabs import Slabs
 from ds_offload.volume import Volume
 
@@ -141,7 +142,7 @@ class ActivationOffload:
             type(tensor) is Tensor
             and tensor.device.type == self._device.type
             and tensor.layout == torch.strided
-            and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+            and not (tensor.is_nested or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
             and tensor.numel() > 0
             and tensor.untyped_storage().nbytes() >= self._min_bytes
         )
@@ -156,7 +157,7 @@ class _Stayed:
         self._tensor, self._version = kept, tensor._version
 
     def get(self) -> Tensor:
-        check_version(self._tensor, self._version, self._tensor.shape)
+        check_version(self._tensor, self._version)
         return self._tensor
 
 

@@ -40,9 +40,10 @@ class KeptGradients:
     def room(self, unit: HasGradient) -> Tensor | None:
         """Memory for a gradient before it leaves, with what the unit has so far; None when it stays.
 
-        The reduction adds to it in the arithmetic in which gradients that stay are added up.
+        It stays wherever the unit is updated on the device, which needs it there. The reduction adds to the
+        room in the arithmetic in which gradients that stay are added up.
         """
-        if self.stays(f"{unit.key}/grad", unit.layout.shard_numel):
+        if any(self.stays(f"{unit.key}/{kind}", unit.layout.shard_numel) for kind in ("grad", "master")):
             return None
         room = torch.empty(unit.layout.shard_numel, dtype=unit.grad_dtype, device=unit.device)
         home = self._homes.get(f"{unit.key}/grad")

@@ -145,7 +145,7 @@ def bench_io(
             end += seconds * len(OPS) * count * tries / slices
             for _ in range(tries):
                 runner.round(results[:count], end)
-            results.sort(key=lambda result: (-len(result.samples[OPS[0]]), -result.score))
+            results[:count] = sorted(results[:count], key=lambda result: -result.score)
         told(1.0)
         tried = tuple(result for result in results if result.score)
         skipped = tuple(result.setting for result in results if not result.score)

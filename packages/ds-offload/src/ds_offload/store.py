@@ -201,7 +201,7 @@ class TieredStore(UpdatingStore, KeptGradients, PackingStore):
             home.forget()  # pages that plain looks brought into memory
 
     def abandon(self) -> list[BaseException]:
-        """Every write is over, whatever became of it; what went wrong."""
+        """Every write is over, whatever became of it; what went wrong, told once."""
         return [error for home in self.kept() for error in home.abandon()]
 
     def paged(self, key: str) -> Callable[[], None] | None:

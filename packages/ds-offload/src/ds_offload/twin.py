@@ -71,6 +71,7 @@ class Twin:
             chosen[self._group_of[id(piece.param)]].append(param)
         for group, options, mine in zip(self._groups, self._options, chosen, strict=True):
             group.update({**options, "params": mine})
+        vars(self.optimizer).update(self._settings)
         self._inner(self.optimizer)
 
     def matches(self, optimizer: Any) -> bool:

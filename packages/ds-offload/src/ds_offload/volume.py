@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 import uuid
+from collections import deque
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -56,6 +57,7 @@ class Volume:
         self._lock = threading.Lock()
         self._closed = False
         self._free: list[Extent] = []  # sorted by offset, never two that touch
+        self._given_back: deque[Extent] = deque()  # see [Note: freed while another is allocated]
         self.size = 0  # of the file
         self.used = 0  # bytes in extents
         self.read_bytes = self.written_bytes = 0  # moved since it was made
@@ -70,10 +72,13 @@ class Volume:
     def allocate(self, nbytes: int) -> Extent:
         """Bytes that are ours from here on, in whole pages.
 
-        Raises: OSError (ENOSPC) naming the path, the bytes wanted and those that are free.
+        Raises: OSError naming the path: ENOSPC with the bytes wanted and what is free; EBADF once closed.
         """
         size = max(PAGE, -(-nbytes // PAGE) * PAGE)
         with self._lock:
+            self._take_back()
+            if self._closed:  # the descriptor's number may be another file's by now
+                raise OSError(errno.EBADF, f"wanted {size} bytes of a volume that is closed", self.path)
             for index, hole in enumerate(self._free):
                 if hole.nbytes >= size:
                     rest = Extent(hole.offset + size, hole.nbytes - size)
@@ -103,23 +108,37 @@ class Volume:
     def free(self, extent: Extent) -> None:
         """Give bytes back to this volume; after `close` there is nothing to give back. Requests on them must
         be done.
+
+        [Note: freed while another is allocated] Tensors end when the collector finds them, which may be in
+        the middle of `allocate` on this very thread. So nothing here waits: whoever has the lock takes them.
         """
-        with self._lock:
-            if self._closed:  # the descriptor's number may be another file's by now
-                return
-            self.used -= extent.nbytes
-            holes = sorted([*self._free, extent], key=lambda hole: hole.offset)
-            merged = holes[:1]
-            for hole in holes[1:]:
-                last = merged[-1]
-                if last.offset + last.nbytes == hole.offset:
-                    merged[-1] = Extent(last.offset, last.nbytes + hole.nbytes)
-                else:
-                    merged.append(hole)
-            if merged and merged[-1].offset + merged[-1].nbytes == self.size:
-                self.size = merged.pop().offset
-                os.ftruncate(self.fd, self.size)
-            self._free = merged
+        self._given_back.append(extent)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._take_back()
+            finally:
+                self._lock.release()
+
+    def _take_back(self) -> None:
+        while self._given_back:
+            self._merge(self._given_back.popleft())
+
+    def _merge(self, extent: Extent) -> None:
+        if self._closed:  # the descriptor's number may be another file's by now
+            return
+        self.used -= extent.nbytes
+        holes = sorted([*self._free, extent], key=lambda hole: hole.offset)
+        merged = holes[:1]
+        for hole in holes[1:]:
+            last = merged[-1]
+            if last.offset + last.nbytes == hole.offset:
+                merged[-1] = Extent(last.offset, last.nbytes + hole.nbytes)
+            else:
+                merged.append(hole)
+        if merged and merged[-1].offset + merged[-1].nbytes == self.size:
+            self.size = merged.pop().offset
+            os.ftruncate(self.fd, self.size)
+        self._free = merged
 
     # -- bytes ---------------------------------------------------------------------------------------------
 

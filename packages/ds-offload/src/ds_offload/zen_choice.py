@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ds_offload.zen_later import unmeasured
 from ds_offload.zen_select import add_energies, choose, columns_of
 from ds_offload.zen_view import View, gradient_of
+
+
+class Unmeasured:
+    """In place of `Energy` where both intervals are numbers: no pass over gradients, no wait for a device."""
+
+    inside = whole = staticmethod(unmeasured)
+
+
+class Energy:
+    """Of one step's gradients: of selected elements, and of all, by parameter."""
+
+    def __init__(self) -> None:
+        self._inside: dict[str, float] = {}
+        self._whole: dict[str, float] = {}
+
+    def inside(self, fqn: str, gradient: Tensor) -> None:
+        self._inside[fqn] = self._inside.get(fqn, 0.0) + _energy(gradient)
+
+    def whole(self, fqn: str, gradient: Tensor) -> None:
+        self._whole[fqn] = self._whole.get(fqn, 0.0) + _energy(gradient)
+
+    def table(self, names: Sequence[str]) -> Tensor:
+        """[names, 2] fp64: inside, and whole."""
+        inside, whole = self._inside, self._whole
+        rows = [[inside.get(name, 0.0), whole.get(name, inside.get(name, 0.0))] for name in names]
+        return torch.tensor(rows, dtype=torch.float64)
 
 
 class Choice:
@@ -49,17 +77,20 @@ class Choice:
             if (home := view.store.home_of(f"{piece.unit.key}/grad")) is not None:
                 home.forget()
 
-    def judge(self, inside: Mapping[str, float], whole: Mapping[str, float]) -> None:
-        """Take in this step's energies, of selected elements and of all, by parameter. Collective."""
+    def judge(self, energies: Energy | Unmeasured) -> None:
+        """Take in what was measured in this step. Collective, if it was."""
         flow = self._view.progress
         names = list(flow.selection)
-        if not names:
+        if isinstance(energies, Unmeasured) or not names:
             return
-        table = [[inside.get(name, 0.0), whole.get(name, inside.get(name, 0.0))] for name in names]
-        sums = self._view.total(torch.tensor(table, dtype=torch.float64), "gradient energy in and outside")
+        sums = self._view.total(energies.table(names), "gradient energy in and outside")
         for name, (within, total) in zip(names, sums.tolist(), strict=True):
             rows, columns = flow.shapes[name][0], columns_of(flow.shapes[name])
             chosen = len(flow.selection[name])
             if chosen < columns:
                 rest = max(0.0, total - within)
                 flow.judge.of(name).add(within, rest, rows * chosen, rows * (columns - chosen))
+
+
+def _energy(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

@@ -16,6 +16,12 @@ from ds_offload.plan import Chunk, StepPlan, plan_chunks
 from ds_offload.policy import Tiered
 from ds_offload.zen_rule import Given, Rule
 
+Measure = Callable[[str, Tensor], None]  # told of a parameter's gradient, or of a part of it
+
+
+def unmeasured(fqn: str, gradient: Tensor) -> None:
+    """Nobody wants to know."""
+
 
 @dataclass(slots=True)
 class Stretch:
@@ -133,12 +139,12 @@ def add_up(
     summed: Home,
     stretches: Sequence[tuple[Stretch, bool]],
     scaled: Callable[[Tensor], Tensor],
-) -> dict[str, float]:
+    measure: Measure,
+) -> None:
     """Add a unit's gradient [shard_numel] to what is summed, or begin with it where a stretch says so (True).
 
-    Returns the energy of each stretch's gradient, as scaled.
+    `measure` gets what is added, in parts.
     """
-    energies: dict[str, float] = {stretch.fqn: 0.0 for stretch, _ in stretches}
 
     def fetch(chunk: Opened) -> None:
         if isinstance(gradient, Home):
@@ -153,7 +159,7 @@ def add_up(
             if part is None:
                 continue
             values = scaled(given[part])
-            energies[stretch.fqn] += float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+            measure(stretch.fqn, values)
             if begins:
                 chunk["sum"][part].copy_(values)
             else:
@@ -161,7 +167,6 @@ def add_up(
         chunk.flush(["sum"])
 
     passes.run(summed.numel, fetch, work)
-    return energies
 
 
 @torch.no_grad()

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ds_core.train.holdings import Piece
+from ds_offload.zen_later import Measure
 from ds_offload.zen_rule import Given, Rule
 from ds_offload.zen_select import Part
-from ds_offload.zen_view import View, energy, gradient_of
+from ds_offload.zen_view import View, gradient_of
 
 Scaled = Callable[[Tensor, torch.dtype], Tensor]
 
@@ -63,17 +64,16 @@ class Selected:
         part = self._view.part(piece) if held is None else held.part
         return part.count < part.numel
 
-    def update(self, pieces: Sequence[Piece], scaled: Scaled) -> dict[str, float]:
-        """One step by these pieces' gradients; returns the energy of the selected ones by parameter."""
+    def update(self, pieces: Sequence[Piece], scaled: Scaled, measure: Measure) -> None:
+        """One step by these pieces' gradients. `measure` gets the selected ones of each."""
         view = self._view
         group_of = view.group_of()
         given: list[tuple[Piece, Given]] = []
-        energies: dict[str, float] = {}
         for piece in pieces:
             held, gradient = self.hold(piece), gradient_of(piece)
             assert gradient is not None
             mine = scaled(held.part.take(gradient).to(piece.unit.device), held.master.dtype)
-            energies[piece.fqn] = energy(mine)
+            measure(piece.fqn, mine)
             if held.part.count:
                 group = group_of[id(piece.param)]
                 given.append((piece, Given(group, held.master, mine, held.states, view.numbers(piece))))
@@ -81,7 +81,6 @@ class Selected:
         for piece, each in given:
             view.optimizer.state[piece.param].update(each.numbers)
             self.lay_over(piece)
-        return energies
 
     def lay_over(self, piece: Piece) -> None:
         """Into the shard that the model sees."""

@@ -8,11 +8,25 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
 from ds_offload.home import Home
 from ds_offload.policy import file_numel
-from ds_offload.zen_later import Due, Job, Passes, Stretch, add_up, apply, move, show
+from ds_offload.zen_later import (
+    Due,
+    Job,
+    Measure,
+    Passes,
+    Stretch,
+    add_up,
+    apply,
+    move,
+    show,
+    unmeasured,
+)
 from ds_offload.zen_now import Scaled, Selected
 from ds_offload.zen_rule import Rule
 from ds_offload.zen_state import SUMS
@@ -49,33 +63,34 @@ class Rest:
 
     # -- added up ------------------------------------------------------------------------------------------
 
-    def add_up(self, pieces: Sequence[Piece], scaled: Scaled) -> dict[str, float]:
-        """These pieces' gradients join the sums; returns their energy by parameter, selected or not.
+    def add_up(self, pieces: Sequence[Piece], scaled: Scaled, measure: Measure) -> None:
+        """These pieces' gradients join the sums. `measure` gets them, selected or not, in parts.
 
         Selected elements are added too, which is cheaper than to leave them out; nobody uses their sums.
         """
         counts = self._view.progress.counts
-        energies: dict[str, float] = {}
         for unit, members in by_unit([p for p in pieces if self._selected.rest(p)]).items():
             stretches = [(stretch_of(piece), piece.fqn not in counts) for piece in members]
-            energies |= self._sum(unit, stretches, scaled)
+            self._sum(unit, stretches, scaled, measure)
         for fqn, (unit, index) in self._view.slots().items():
             known = fqn in self._view.progress.selection
             if known and unit.gradient is not None and unit.has_grad[index]:
                 counts[fqn] = counts.get(fqn, 0) + 1
-        return energies
 
     def _sum(
-        self, unit: FlatUnit, stretches: Sequence[tuple[Stretch, bool]], scaled: Scaled
-    ) -> dict[str, float]:
+        self,
+        unit: FlatUnit,
+        stretches: Sequence[tuple[Stretch, bool]],
+        scaled: Scaled,
+        measure: Measure = unmeasured,
+    ) -> None:
         home = self._view.store.home_of(f"{unit.key}/grad")
         assert unit.gradient is not None
         at_home = home is not None and unit.gradient.data_ptr() == home.tensor.data_ptr()
         gradient = home if home is not None and at_home else unit.gradient
         summed = self._view.states.home(unit, SUMS[self._view.progress.turn], unit.master_dtype)
-        return add_up(
-            self._passes, gradient, summed, stretches, lambda values: scaled(values, unit.master_dtype)
-        )
+        mine = partial(_in_dtype, scaled, unit.master_dtype)
+        add_up(self._passes, gradient, summed, stretches, mine, measure)
 
     # -- applied here --------------------------------------------------------------------------------------
 
@@ -237,3 +252,7 @@ class Rest:
 def counted(pieces: Iterable[Piece]) -> list[Piece]:
     """Those with a gradient in this step."""
     return [piece for piece in pieces if gradient_of(piece) is not None]
+
+
+def _in_dtype(scaled: Scaled, dtype: torch.dtype, values: Tensor) -> Tensor:
+    return scaled(values, dtype)

@@ -63,6 +63,12 @@ class Rule:
             param = nn.Parameter(each.master, requires_grad=True)
             param.grad = each.gradient
             state = each.states | {name: _own(value) for name, value in each.numbers.items()}
+            options = self.options[each.group]
+            if options.get("fused") or options.get("capturable"):  # torch keeps `step` beside the parameter
+                state = {
+                    name: value.to(each.master.device) if isinstance(value, Tensor) else value
+                    for name, value in state.items()
+                }
             if state:
                 twin.state[param] = state
             twin.param_groups[each.group]["params"].append(param)

@@ -37,9 +37,7 @@ class Part:
     whole rows are looked at as a matrix, the rest element by element.
     """
 
-    def __init__(
-        self, begin: int, numel: int, columns: int, chosen: Tensor | None, device: torch.device
-    ) -> None:
+    def __init__(self, begin: int, numel: int, columns: int, chosen: Tensor | None) -> None:
         self.numel = numel
         self._whole = chosen is None
         if chosen is None:
@@ -49,20 +47,28 @@ class Part:
         head = min(numel, (columns - first) % columns)
         rows = (numel - head) // columns
         self._rows, self._columns = slice(head, head + rows * columns), columns
-        self._chosen = chosen.to(device)
         tail = self._rows.stop
         before = chosen[(chosen >= first) & (chosen < first + head)] - first
         after = chosen[chosen < numel - tail] + tail
-        self._edges = torch.cat([before, after]).to(device)
-        self.count = rows * len(chosen) + len(self._edges)
+        edges = torch.cat([before, after])
+        self._edges = len(edges)
+        self._places = {chosen.device: (chosen, edges)}
+        self.count = rows * len(chosen) + len(edges)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Column numbers and places of single elements, on the device or the host, where they are used."""
+        if device not in self._places:
+            chosen, edges = next(iter(self._places.values()))
+            self._places[device] = chosen.to(device), edges.to(device)
+        return self._places[device]
 
     def take(self, flat: Tensor) -> Tensor:
         """[numel] -> [count], a copy where `flat` is."""
         if self._whole:
             return flat.clone()
-        at = flat.device
-        inner = flat[self._rows].view(-1, self._columns).index_select(1, self._chosen.to(at))
-        return torch.cat([inner.reshape(-1), flat[self._edges.to(at)]])
+        chosen, edges = self._on(flat.device)
+        inner = flat[self._rows].view(-1, self._columns).index_select(1, chosen)
+        return torch.cat([inner.reshape(-1), flat[edges]])
 
     def put(self, flat: Tensor, values: Tensor) -> None:
         """[count] into their places of [numel], converted as they are written."""
@@ -70,8 +76,8 @@ class Part:
         if self._whole:
             flat.copy_(values)
             return
-        inner = self.count - len(self._edges)
-        chosen, edges = self._chosen.to(flat.device), self._edges.to(flat.device)
+        inner = self.count - self._edges
+        chosen, edges = self._on(flat.device)
         flat[self._rows].view(-1, self._columns).index_copy_(1, chosen, values[:inner].view(-1, len(chosen)))
         flat.index_copy_(0, edges, values[inner:])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,11 @@ class Progress:
         self.counts, self.flying = dict(saved["counts"]), dict(saved["flying"])
         self.rule = None if saved["options"] is None else loaded_rule(optimizer, saved["options"])
         self.judge.load(saved["judge"])
+
+    def keep(self, names: Set[str]) -> None:
+        """Only these parameters train: what was added up of others is let go."""
+        self.counts = {name: count for name, count in self.counts.items() if name in names}
+        self.flying = {name: count for name, count in self.flying.items() if name in names}
 
 
 def put_in_groups(optimizer: Any, saved: dict[str, Json]) -> None:

@@ -14,7 +14,7 @@ from ds_core.train.holdings import Piece
 from ds_core.train.optim import ShardedOptimizer, cut_for
 from ds_offload.in_steps import InSteps
 from ds_offload.step import ChunkedUpdate
-from ds_offload.zen_choice import Choice
+from ds_offload.zen_choice import Choice, Energy, Unmeasured
 from ds_offload.zen_now import Selected
 from ds_offload.zen_rest import Rest, counted
 from ds_offload.zen_rule import refuse_rule
@@ -139,14 +139,15 @@ class ZenFlowUpdate(InSteps):
         flow, known, late = self.progress, list[Piece](), list[Piece]()
         for piece in pieces:
             (late if self._view.columns(piece) is None else known).append(piece)
-        inside = self._selected.update(known, self._scaled)
-        whole = self._rest.add_up(known, self._scaled)
+        judged = "auto" in (self.flow.update_interval, self.flow.select_interval)
+        energies = Energy() if judged else Unmeasured()
+        self._selected.update(known, self._scaled, energies.inside)
+        self._rest.add_up(known, self._scaled, energies.whole)
         if late:
             self._rest.apply_whole(late, self._scaled)
         flow.step += 1
         flow.filled += 1
-        if "auto" in (self.flow.update_interval, self.flow.select_interval):
-            self._choice.judge(inside, whole)
+        self._choice.judge(energies)
         interval = self.flow.update_interval
         over = flow.filled >= (AUTO_LONGEST if interval == "auto" else interval)
         if over or (interval == "auto" and flow.judge.ends()):
@@ -186,6 +187,8 @@ class ZenFlowUpdate(InSteps):
         if own is None:
             return (gradient if factor is None else gradient * factor).to(dtype)
         own = own / getattr(optimizer, "grad_scale", 1.0)
+        if isinstance(own, Tensor):
+            own = own.to(gradient.device)
         if factor is not None and gradient.dtype == torch.float32:
             own, factor = own * factor, None
         given = (gradient if factor is None else gradient * factor).to(dtype)
@@ -226,6 +229,7 @@ class ZenFlowUpdate(InSteps):
             view.progress = _anew(self.flow)
             if saved is not None:
                 view.progress.load(saved, view.optimizer)
+                view.progress.keep(view.slots().keys())
         self._rest.resume()
 
     # -- looking -------------------------------------------------------------------------------------------

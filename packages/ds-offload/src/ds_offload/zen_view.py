@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 from weakref import WeakMethod, ref
 
-import torch
 from torch import Tensor
 
 from ds_core.state.store import Kind
@@ -82,7 +81,7 @@ class View:
         chosen = self.columns(piece)
         only = chosen if isinstance(chosen, Tensor) else None
         shape = piece.overlap.slot.shape
-        return Part(piece.overlap.begin, piece.param.numel(), columns_of(shape), only, piece.unit.device)
+        return Part(piece.overlap.begin, piece.param.numel(), columns_of(shape), only)
 
     # -- what is kept of them ------------------------------------------------------------------------------
 
@@ -137,8 +136,3 @@ def by_unit(pieces: Sequence[Piece]) -> Mapping[FlatUnit, list[Piece]]:
     for piece in pieces:
         found.setdefault(piece.unit, []).append(piece)
     return found
-
-
-def energy(values: Tensor) -> float:
-    """The sum of squares."""
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

@@ -209,11 +209,25 @@ class FlatUnit:
     def let_go(self) -> None:
         """Free the whole copy. See [Note: buffers are let go by resize]."""
         ticket, self.ticket = self.ticket, None
+        failed: OSError | None = None
         try:
             if ticket is not None:
                 ticket.wait()
-        finally:
-            _free_whole(self)
+        except OSError as error:  # of a disk: it goes all the same
+            failed = error
+        for slot, param in zip(self.layout.slots, self.params, strict=True):
+            mark_present(param)
+            param.data = self._poison.expand(slot.shape)
+        written = None if self.gone else self.lost_write()
+        self._shift_versions(gone=True)
+        for slot, param in zip(self.layout.slots, self.params, strict=True):
+            mark_absent(param, slot.fqn, self._bring)
+        self.whole.untyped_storage().resize_(0)
+        self.state = Whole.ABSENT
+        if failed is not None:
+            raise failed
+        if written is not None:
+            raise LostWriteError(written)
 
     def _shift_versions(self, *, gone: bool) -> None:
         """While its values are gone a parameter counts as written, so autograd will not use what it saved.
@@ -297,20 +311,6 @@ class FlatUnit:
                 lease.tensor.copy_(part)
                 lease.dirty = True
         self.note_versions()
-
-
-def _free_whole(unit: FlatUnit) -> None:
-    for slot, param in zip(unit.layout.slots, unit.params, strict=True):
-        mark_present(param)
-        param.data = unit._poison.expand(slot.shape)
-    written = None if unit.gone else unit.lost_write()
-    unit._shift_versions(gone=True)
-    for slot, param in zip(unit.layout.slots, unit.params, strict=True):
-        mark_absent(param, slot.fqn, unit._bring)
-    unit.whole.untyped_storage().resize_(0)
-    unit.state = Whole.ABSENT
-    if written is not None:
-        raise LostWriteError(written)
 
 
 def _give(unit: FlatUnit, store: Store, local: Tensor, values: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from ds_core.train.engine import Engine, StepReport
 from ds_core.train.memory import gigabytes
 from ds_core.train.optim import ShardedOptimizer
 from ds_kernels import FusedAdamW
+from ds_offload.measure import measure_bandwidths, predict_update
 from ds_offload.recipes.story import draw
 from ds_offload.recipes.watch import Watch, memory
 from ds_offload.store import TieredStore
@@ -93,9 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     equal = prove_equal(args.disk, windows, args.seq)
     console.print(f"A small twin, from memory and from disk, step for step: {_SAID[equal]}")
     _ask(config, budget, _store(args.disk))
+    predicted = predict(args.disk, numel, console)
     outcomes, watch, plan = train(config, args.disk, windows, args.steps, console)
     peak = memory()["VmHWM"]
-    report = _report(args, numel, states, budget, peak, outcomes, equal)
+    report = _report(args, numel, states, budget, outcomes)
+    report |= {"peak_resident_bytes": peak, "twin_equal": equal, "predicted_update_s": predicted}
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     draw(watch.samples, budget=budget, states=states, file=folder / "bytes.png")
     (folder / "plan.txt").write_text(plan + "\n")
@@ -145,11 +148,27 @@ def prove_equal(disk: str, windows: Windows, seq: int, steps: int = 3) -> bool:
     return rows_a == rows_b and all(map(torch.equal, masters_a, masters_b))
 
 
+def predict(disk: str, numel: int, console: Console) -> float:
+    """Seconds of one update, from what this disk and this processor do in a second or two."""
+    store = _store(disk)
+    bandwidths = measure_bandwidths(store.volume, _adamw)
+    chunks = -(-numel // store.policy.chunk_numel)
+    # Master, gradient and two moments are read; master, moments and a bf16 shard are written.
+    seconds = predict_update(numel, 16 * numel, 14 * numel, bandwidths, chunks=chunks)
+    store.close()
+    console.print(f"{bandwidths}. One update should take {seconds:.1f} s", highlight=False)
+    return seconds
+
+
+def _adamw(params: Any) -> FusedAdamW:
+    return FusedAdamW(params, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+
 def _engine(config: GPTConfig, store: Store | None) -> Any:
     with torch.device("meta"):
         model = GPT(config)
     owner = Zero(stage=3, dtype="bfloat16").shard(model, store=store)
-    optimizer = FusedAdamW(model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = _adamw(model.parameters())
     return Engine(model, owner, ShardedOptimizer(optimizer, owner), max_norm=1.0)
 
 
@@ -215,20 +234,12 @@ def _line(number: int, outcome: Outcome) -> str:
 
 
 def _report(
-    args: argparse.Namespace,
-    numel: int,
-    states: float,
-    budget: float,
-    peak: int,
-    outcomes: Sequence[Outcome],
-    equal: bool,
+    args: argparse.Namespace, numel: int, states: float, budget: float, outcomes: Sequence[Outcome]
 ) -> dict[str, Any]:
     return {
         "parameters": numel,
         "states_bytes": states,
         "budget_bytes": budget,
-        "peak_resident_bytes": peak,
-        "twin_equal": equal,
         "sequence": args.seq,
         "steps": [asdict(outcome) for outcome in outcomes],
         "torch": torch.__version__,
@@ -249,6 +260,7 @@ def _table(report: dict[str, Any]) -> Table:
         ("peak memory of the process", gigabytes(report["peak_resident_bytes"])),
         ("loss, first and last step", f"{steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}"),
         ("last step: forward / backward / update", " / ".join(f"{lap:.1f} s" for lap in last)),
+        ("update, predicted at the start", f"{report['predicted_update_s']:.1f} s"),
         ("tokens per second", f"{report['sequence'] / sum(last):.1f}"),
         ("small twin from memory and disk", _SAID[report["twin_equal"]]),
     ]
