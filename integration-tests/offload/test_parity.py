@@ -54,7 +54,9 @@ def run_row(mesh: Mesh, row: Row, folder: Path) -> None:
             hold_equal(*both, f"after step {step}")
             assert losses[0] == losses[1], losses
             assert norms[0] == norms[1], norms
-        assert policy == "mixed" or sum(store.bytes_by_tier().values()) > store.bytes_by_tier()["device"]
+        away = sum(store.bytes_by_tier().values()) > store.bytes_by_tier()["device"]
+        # Gradients stay where masters do, and a small model may be less than the shares on the device.
+        assert policy == "mixed" or away == (policy != "grads")
     finally:
         for run in both:
             run.close()

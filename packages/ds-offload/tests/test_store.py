@@ -128,7 +128,7 @@ def test_a_norm_is_noted_and_forgotten_when_the_gradient_is_written(store: Tiere
         unit.gradient = None
         room = store.room(unit)
         assert room is not None
-        store.keep(unit, room.copy_(reduced(unit, seed)))
+        store.keep(unit, room.copy_(reduced(unit, seed)), final=False)
         store.settle()
 
     def noted() -> bool:
@@ -170,7 +170,7 @@ def test_gradients_add_up_where_they_are(store: TieredStore) -> None:
         else:
             room.copy_(reduced(unit, seed))
         total += reduced(unit, seed)
-        store.keep(unit, room)
+        store.keep(unit, room, final=False)
     store.settle()
     assert unit.gradient is not None
     assert torch.equal(unit.gradient, total)
