@@ -76,7 +76,8 @@ class Watching:
 
     def reduce_scatter(self, out: Tensor, full: Tensor, **options: Any) -> Ticket:
         ticket = self.inner.reduce_scatter(out, full, **options)
-        kept = [t for each in (*self.reducer._in_flight, ticket) for t in each._keepalive]
+        flying = [ticket for _, ticket in self.reducer._in_flight]
+        kept = [t for each in (*flying, ticket) for t in each._keepalive]
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
         self.most = max(self.most, sum(storages.values()))
         return ticket
