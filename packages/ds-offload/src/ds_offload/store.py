@@ -186,6 +186,7 @@ class TieredStore(UpdatingStore, KeptGradients, PackingStore):
         self.moves.settle()
         left = [home for key, home in list(self._homes.items()) if key.endswith("/grad")]
         _raise_first([error for home in left for error in home.abandon()])
+        self._forget_pages()
 
     def settle(self) -> None:
         """Everything on its way has arrived, an update of the last step that comes late included.
@@ -197,8 +198,12 @@ class TieredStore(UpdatingStore, KeptGradients, PackingStore):
             update.settle()
         self.moves.settle()
         _raise_first(self.abandon())
+        self._forget_pages()
+
+    def _forget_pages(self) -> None:
+        """What plain looks brought into memory of the file. Harmless to who reads or writes meanwhile."""
         for home in self.kept():
-            home.forget()  # pages that plain looks brought into memory
+            home.forget()
 
     def abandon(self) -> list[BaseException]:
         """Every write is over, whatever became of it; what went wrong, told once."""
