@@ -45,7 +45,7 @@ POLICIES: dict[str, dict[str, str]] = {
         "moments": "0.3 device / 0.7 nvme",
     },
     "moments": {"grads": "device", "masters": "host", "moments": "nvme"},
-    "grads": {"grads": "nvme", "masters": "device", "moments": "device"},
+    "grads": {"grads": "nvme", "masters": "host", "moments": "host"},
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -67,7 +69,7 @@ def test_a_read_comes_after_the_writes_before_it(volume: Volume) -> None:
         home.write(0, torch.full((home.numel,), float(turn)))
         wait(home.read(0, out))
         assert bool((out == turn).all())
-        assert home.pending == []
+        assert all(future.done() for future in home.pending)
 
 
 def test_a_write_that_failed_is_said_once_by_the_next_use(volume: Volume) -> None:
@@ -105,3 +107,24 @@ def test_a_home_in_memory_needs_no_volume() -> None:
     assert home.write(2, torch.ones(3)) == []
     assert home.tensor[2:5].tolist() == [1.0] * 3
     home.forget()
+
+
+def test_a_read_waits_for_writes_to_the_same_elements_only(tmp_path: Path) -> None:
+    """Chunk i + 1 is fetched while chunk i - 1 of the same home is flushed."""
+    volume = Volume(tmp_path)
+    home = Home(4 * PAGE_NUMEL, torch.float32, 4 * PAGE_NUMEL, volume)
+    home.tensor.copy_(torch.arange(4.0 * PAGE_NUMEL))
+    never: Future[int] = Future()
+    home.pending.append(never)
+    home._ranges[never] = (0, PAGE_NUMEL)
+    out = torch.empty(PAGE_NUMEL)
+    for future in home.read(2 * PAGE_NUMEL, out):  # would wait for ever
+        future.result()
+    assert out[0] == 2 * PAGE_NUMEL
+    threading.Timer(0.05, never.set_result, [0]).start()
+    began = time.perf_counter()
+    for future in home.read(PAGE_NUMEL - 1, out):
+        future.result()
+    assert time.perf_counter() - began > 0.04
+    home.settle()
+    volume.close()

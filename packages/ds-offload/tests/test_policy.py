@@ -101,6 +101,10 @@ def test_a_policy_keeps_shares_as_text() -> None:
         ({"grads": "nvme", "params": "nvme"}, "params, grads are to live on nvme"),
         ({"masters": "device"}, "leave different shares on the device"),
         ({"masters": "0.5 device / 0.5 host", "moments": "0.4 device / 0.6 host"}, "the same device share"),
+        (
+            {"grads": "host", "masters": "device", "moments": "device"},
+            "updated there, which needs them there",
+        ),
         ({"moments": "ram"}, "is no split"),
         ({"chunk_numel": 100}, "chunk_numel"),
         ({"depth": 0}, "depth"),

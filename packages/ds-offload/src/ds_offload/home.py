@@ -29,6 +29,7 @@ class Home:
         self.numel, self.dtype = numel, dtype
         self.host_numel = numel - file_numel
         self.pending: list[Future[int]] = []  # writes under way to the file
+        self._ranges: dict[Future[int], tuple[int, int]] = {}  # of elements, which they write
         self._waiting = threading.Lock()
         item = dtype.itemsize
         if file_numel:
@@ -55,8 +56,11 @@ class Home:
         return end <= self.host_numel
 
     def read(self, begin: int, out: Tensor) -> list[Future[int]]:
-        """Fill a CPU tensor with the elements from `begin`: what is in memory now, the rest when done."""
-        self.settle()
+        """Fill a CPU tensor with the elements from `begin`: what is in memory now, the rest when done.
+
+        Waits for writes under way to the same elements, and for no others.
+        """
+        self._after_writes(begin, begin + out.numel())
         split = max(0, min(out.numel(), self.host_numel - begin))
         if split:
             out[:split].copy_(self.tensor[begin : begin + split])
@@ -74,8 +78,15 @@ class Home:
             return []
         assert self._volume is not None
         future = self._volume.write(self._at(begin + split), values[split:])
+        self._ranges[future] = (begin, begin + values.numel())
         self.pending.append(future)
         return [future]
+
+    def _after_writes(self, begin: int, end: int) -> None:
+        for future in list(self.pending):
+            low, high = self._ranges.get(future, (0, self.numel))
+            if low < end and begin < high and future.exception() is not None:
+                self.settle()  # which tells of it, once
 
     def take(self, begin: int, values: Mapping, numel: int) -> list[Future[int]]:
         """The elements at `begin` become the first `numel` of `values`, whose contents are arbitrary then.
@@ -122,8 +133,10 @@ class Home:
         with self._waiting:
             errors = []
             while self.pending:  # another thread may be adding to it
-                if (error := self.pending.pop(0).exception()) is not None:
+                future = self.pending.pop(0)
+                if (error := future.exception()) is not None:
                     errors.append(error)
+                self._ranges.pop(future, None)
             return errors
 
     def forget(self) -> None:

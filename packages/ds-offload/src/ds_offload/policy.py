@@ -145,6 +145,12 @@ class Tiered(Config):
                 f'masters = "{self.masters}" and moments = "{self.moments}" leave different shares on the '
                 "device; a unit is updated where both are, so give them the same device share"
             )
+        splits, asked = self.splits(), "grads" in self.model_fields_set
+        if asked and splits["grads"].away and not splits["masters"].away:
+            raise ValueError(
+                f'grads = "{self.grads}" leave the device, and masters = "{self.masters}" are updated there, '
+                'which needs them there: set grads="device", or let masters and moments leave, too'
+            )
         return self
 
     def splits(self) -> Mapping[str, Split]:

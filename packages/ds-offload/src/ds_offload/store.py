@@ -163,7 +163,8 @@ class TieredStore(UpdatingStore, KeptGradients, PackingStore):
         buffers = policy.depth * policy.chunk_numel * per_element if any(gone.values()) else 0
         if self.volume is not None:
             buffers += policy.pending_bytes
-        return Shares(gone["param"], gone["grad"], gone["master"], gone["moment"], buffers)
+        grads = min(gone["grad"], self.splits["master"].away)  # it stays where its unit is updated
+        return Shares(gone["param"], grads, gone["master"], gone["moment"], buffers)
 
     def apart(self, kind: Kind) -> bool:
         """Does any of this kind leave the device?"""
