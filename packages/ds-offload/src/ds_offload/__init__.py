@@ -15,6 +15,8 @@ _HOME: dict[str, str] = {
     "bind_here": "ds_offload.binding",
     "io_settings": "ds_offload.io_bench",
     "measure_bandwidths": "ds_offload.measure",
+    "plan_tiers": "ds_offload.balance",
+    "Room": "ds_offload.balance",
     "offload_activations": "ds_offload.activation",
     "offload_blocks": "ds_offload.activation",
     "plan_binding": "ds_offload.binding",
