@@ -128,3 +128,21 @@ def test_a_read_waits_for_writes_to_the_same_elements_only(tmp_path: Path) -> No
     assert time.perf_counter() - began > 0.04
     home.settle()
     volume.close()
+
+
+def test_a_read_waits_for_a_write_that_another_thread_waits_for(tmp_path: Path) -> None:
+    volume = Volume(tmp_path)
+    home = Home(PAGE_NUMEL, torch.float32, PAGE_NUMEL, volume)
+    late: Future[int] = Future()
+    home.pending.append(late)
+    home._ranges[late] = (0, PAGE_NUMEL)
+    other = threading.Thread(target=home.abandon)
+    other.start()
+    while home.pending:  # the other thread has taken it
+        time.sleep(0.001)
+    threading.Timer(0.05, late.set_result, [0]).start()
+    for future in home.read(0, torch.empty(PAGE_NUMEL)):
+        assert late.done()
+        future.result()
+    other.join()
+    volume.close()

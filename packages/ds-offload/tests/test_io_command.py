@@ -143,7 +143,10 @@ def test_fio_that_fails_or_cannot_says_why(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_an_interrupt_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ds_core.cli.main", "io", "bench", str(tmp_path), "--seconds", "100"]
+    # Whoever started the tests in the background has made them, and what they start, deaf to interrupts.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code += "; from ds_core.cli.main import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "io", "bench", str(tmp_path), "--seconds", "100"]
     running = subprocess.Popen([*command, "--bytes", "8M", "--block-sizes", "64K", "--queue-depths", "4"])
     try:
         deadline = time.monotonic() + 60

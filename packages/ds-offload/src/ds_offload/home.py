@@ -83,10 +83,15 @@ class Home:
         return [future]
 
     def _after_writes(self, begin: int, end: int) -> None:
-        for future in list(self.pending):
-            low, high = self._ranges.get(future, (0, self.numel))
-            if low < end and begin < high and future.exception() is not None:
-                self.settle()  # which tells of it, once
+        with self._waiting:  # else a future that another thread has taken to wait for would be missed
+            met = [future for future in list(self.pending) if self._meets(future, begin, end)]
+            failed = [future for future in met if future.exception() is not None]
+        if failed:
+            self.settle()  # which tells of it, once
+
+    def _meets(self, future: Future[int], begin: int, end: int) -> bool:
+        low, high = self._ranges.get(future, (0, self.numel))
+        return low < end and begin < high
 
     def take(self, begin: int, values: Mapping, numel: int) -> list[Future[int]]:
         """The elements at `begin` become the first `numel` of `values`, whose contents are arbitrary then.

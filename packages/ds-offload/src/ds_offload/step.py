@@ -15,6 +15,7 @@ from ds_core.train.optim import ShardedOptimizer
 from ds_offload.buffers import Turns
 from ds_offload.chunk import ChunkUpdate
 from ds_offload.delayed import Delay, DelayStore
+from ds_offload.here import begin_here
 from ds_offload.pipeline import run_plan
 from ds_offload.plan import Chunk, StepPlan, plan_chunks
 from ds_offload.speculate import Made, Speculation, SpeculationStore
@@ -133,6 +134,7 @@ class ChunkedUpdate:
             self._run_now(works, states, twin)
 
     def _run_now(self, works: Sequence[Work], states: UnitStates, twin: Twin) -> None:
+        begin_here(self._owner)
         made = Made()
         if self.speculation is not None:
             made = self.speculation.take_over(works, self._owner, twin.scaling)

@@ -125,7 +125,8 @@ def _likeness(optimizer: Any, groups: Mapping[int, dict[str, Any]], state: dict[
     twin.state = state
     twin._optimizer_step_pre_hooks = OrderedDict()
     twin._optimizer_step_post_hooks = OrderedDict()
-    for name in ("copy_out", "low_precision_grads"):
+    # What ds-kernels' optimizers keep of tensors and of the last step: threads must not share it.
+    for name in ("copy_out", "low_precision_grads", "_kept", "_batched"):
         if hasattr(optimizer, name):
             setattr(twin, name, {})
     if hasattr(optimizer, "optimizers"):
