@@ -1,9 +1,11 @@
 """Run by a package's own environment: import it after torch, and write down what that did to the process."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import pkgutil
+import re
 import sys
 import threading
 import time
@@ -21,6 +23,25 @@ def state() -> dict[str, object]:
     return {"tasks": len(tasks), "threads": threading.active_count(), "children": children}
 
 
+def brought_by_extras(package: str) -> set[str]:
+    """What only an extra of the package brings, by the name it is imported under."""
+    try:
+        texts = importlib.metadata.requires(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        return set()
+    return {re.match(r"[\w-]+", text)[0].replace("-", "_") for text in texts if "extra ==" in text}
+
+
+def load(name: str, extras: set[str]) -> None:
+    """Import a module; recipes and bridges may need what an extra brings, and is not here."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        optional = {"recipes", "bridges"} & set(name.split("."))
+        if not optional or (error.name or "").split(".")[0] not in extras:
+            raise
+
+
 MARK = "-- torch is imported --"  # what torch prints is torch's: it warns where numpy is not installed
 
 
@@ -36,7 +57,7 @@ def main(package: str, what: str, result: str) -> None:
         found = pkgutil.walk_packages(module.__path__, f"{package}.")
         names = [m.name for m in found if not any(s in m.name for s in SKIPPED)]
         for name in names:
-            importlib.import_module(name)
+            load(name, brought_by_extras(package))
     seen = {
         "seconds": seconds,
         "names": names,
