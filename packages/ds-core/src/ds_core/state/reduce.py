@@ -345,7 +345,7 @@ class GradReducer:
             ticket.wait()
         self._in_flight.clear()
         if self._away is not None:
-            self._away.settle()  # a gradient on its way must not arrive after it was zeroed
+            self._away.landed()  # a gradient on its way must not arrive after it was zeroed
         for unit, slots in chosen.items():
             index = index_of[unit]
             for slot in slots:
