@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+PENDING = 8 << 20  # bytes of writes that may wait for the disk
+
 SCRIPT = """
 import gc, json, sys
 import torch
@@ -17,7 +19,7 @@ from ds_offload import TieredStore
 from ds_zero import Zero
 from ds_core import ShardedOptimizer
 
-folder, layers, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+folder, layers, dtype, PENDING = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 WIDTH = 1024
 
 
@@ -34,7 +36,7 @@ def reset_peak():
 torch.set_num_threads(1)
 store = TieredStore(
     nvme=folder, params="nvme", grads="nvme", masters="nvme", moments="nvme", chunk_numel=1 << 18,
-    pending_bytes=8 << 20,
+    pending_bytes=PENDING,
 )
 with torch.device("meta"):
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(layers)))
@@ -79,7 +81,7 @@ print(json.dumps({
 
 def measure(folder: Path, layers: int, dtype: str) -> dict[str, object]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder), str(layers), dtype],
+        [sys.executable, "-c", SCRIPT, str(folder), str(layers), dtype, str(PENDING)],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -98,6 +100,7 @@ def test_a_step_grows_by_its_plan_and_the_units_in_use(dtype: str, tmp_path: Pat
         assert isinstance(tiers, dict)
         assert tiers["device"] == tiers["host"] == 0
         assert tiers["nvme"] > layers * (1 << 20) * 12
-        # In use at once: this unit, the one ahead and the one before; of each a copy in either dtype.
-        assert grown < plan + 4 * unit, f"{layers} layers: {row}"
+        # In use at once: this unit, the one ahead and the one before; of each a copy in either dtype. A disk that
+        # is busy besides leaves as many bytes on their way to it as it may.
+        assert grown < plan + PENDING + 4 * unit, f"{layers} layers: {row}"
     assert int(str(found[24]["grown"])) < int(str(found[8]["grown"])) + (16 << 20), found
