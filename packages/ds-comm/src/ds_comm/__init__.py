@@ -6,7 +6,9 @@ from typing import Any
 __version__ = "0.1.0"
 
 # public name -> module that defines it
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "ErrorRows": "ds_comm.error_feedback",
+}
 
 __all__ = ["__version__", *_HOME]
 
