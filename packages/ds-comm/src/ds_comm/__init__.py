@@ -6,7 +6,14 @@ from typing import Any
 __version__ = "0.1.0"
 
 # public name -> module that defines it
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "ErrorRows": "ds_comm.error_feedback",
+    "Fp8": "ds_comm.block_codecs",
+    "Int4": "ds_comm.block_codecs",
+    "Int8": "ds_comm.block_codecs",
+    "NotFiniteError": "ds_comm.wire_rows",
+    "OneBit": "ds_comm.onebit_codec",
+}
 
 __all__ = ["__version__", *_HOME]
 
