@@ -8,6 +8,9 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _HOME: dict[str, str] = {
     "ErrorRows": "ds_comm.error_feedback",
+    "MomentumWire": "ds_comm.signs_wire",
+    "OnebitAdam": "ds_comm.onebit_adam",
+    "VarianceTest": "ds_comm.freeze",
 }
 
 __all__ = ["__version__", *_HOME]
