@@ -13,6 +13,9 @@ _HOME: dict[str, str] = {
     "Int8": "ds_comm.block_codecs",
     "NotFiniteError": "ds_comm.wire_rows",
     "OneBit": "ds_comm.onebit_codec",
+    "MomentumWire": "ds_comm.signs_wire",
+    "OnebitAdam": "ds_comm.onebit_adam",
+    "VarianceTest": "ds_comm.freeze",
 }
 
 __all__ = ["__version__", *_HOME]
