@@ -36,9 +36,7 @@ class GradientRoute(Route, Protocol):
         """Must gradients stay whole on every rank until the last micro batch of a step? Read each round."""
         ...
 
-    def reduce(
-        self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool
-    ) -> Ticket:
+    def reduce(self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool) -> Ticket:
         """[shard_numel] <- [numel]: this rank's part of `scale` times the sum over the ranks that cut `unit`.
 
         `full` holds zeros where nothing came and in the padding, and may be overwritten. With `accumulate`
