@@ -6,7 +6,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 # public name -> module that defines it
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "bus_factor": "ds_comm.bandwidth",
+    "CommLog": "ds_comm.log",
+    "CommRow": "ds_comm.log_rows",
+    "CommSummary": "ds_comm.log_rows",
+}
 
 __all__ = ["__version__", *_HOME]
 

@@ -8,9 +8,10 @@ OPS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast")
 def bus_factor(op: str, world: int) -> float:
     """Bytes that cross each rank's link for one byte of the collective's size, in a group of `world` ranks.
 
-    With it "bus bandwidth" is comparable between operations and group sizes, and to what the link can do. Size
-    means: what an all-gather gives, what a reduce-scatter or all-to-all takes, the tensor of an all-reduce or
-    broadcast; each counted once. A group of one sends nothing. Raises LookupError for another operation.
+    With it "bus bandwidth" is comparable between operations and group sizes, and to what the link can do.
+    Size means: what an all-gather gives, what a reduce-scatter or all-to-all takes, the tensor of an
+    all-reduce or broadcast; each counted once. A group of one sends nothing.
+    Raises LookupError for another operation.
     """
     if op not in OPS:
         raise LookupError(f"no collective {op!r}; there are {', '.join(OPS)}")

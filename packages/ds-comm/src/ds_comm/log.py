@@ -1,18 +1,16 @@
-"""The communication log: bytes, times, bandwidths and stragglers of every collective, and no wait of its own."""
+"""The communication log: bytes, times, bandwidths and stragglers of every collective, waiting for none."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import os
 import threading
-import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from zlib import crc32
 
 import torch
 
@@ -20,16 +18,16 @@ from ds_comm.bandwidth import OPS, bus_bandwidth
 from ds_comm.log_pays import plan_verdicts
 from ds_comm.log_plot import plot_steps
 from ds_comm.log_rows import CodingRow, CommRow, CommSummary, StepRow, num_bytes, step_lines
-from ds_comm.log_spans import CodingSpan, HostSpan, StreamSpan
+from ds_comm.log_spans import CodingSpan, HostSpan, Pending, StreamSpan
+from ds_comm.log_stamps import Stamps, wall_clock
 from ds_comm.log_tally import Kind, StepSum, Tally
-from ds_comm.stragglers import Seen, Straggler, as_rows, from_rows, plan_stragglers
+from ds_comm.stragglers import Straggler
 from ds_core.ground.flight import Lane
 from ds_core.ground.listener import Call, Part, Span
 from ds_core.ground.mesh import Mesh
 from ds_core.train.clock import Clock, clock_for
 
 _log = logging.getLogger("ds_comm")
-_POLLED = 8  # events looked at whenever a collective is issued
 
 
 class CommLog:
@@ -59,6 +57,7 @@ class CommLog:
         verbose: bool = False,
         debug: bool = False,
         plain_bandwidth: Mapping[str, float] | None = None,
+        clocks: Callable[[torch.device], Clock] = clock_for,
     ) -> None:
         unknown = [op for op in ops if op not in OPS]
         if unknown:
@@ -74,13 +73,10 @@ class CommLog:
         self._plain = dict(plain_bandwidth or {})
         self._tally = Tally(keep_steps=100_000)
         self._lock = threading.RLock()
-        self._pending: deque[Callable[[], bool]] = deque()
-        self._clocks: dict[str, Clock] = {}
-        self._groups: dict[Lane, _Group] = {}
-        self._stamps: OrderedDict[tuple[int, int], list[int]] = OrderedDict()
-        self._calls: dict[tuple[int, int], Seen] = {}
-        self._keep = keep
-        self._anchor = time.time_ns() - time.perf_counter_ns()
+        self._pending = Pending()
+        self._clock = functools.cache(clocks)
+        self._away: dict[Lane, float | None] = {}
+        self._stamps = Stamps(keep, wall_clock())
         self._said: set[tuple[str, str]] = set()
         self.rank = mesh.rank("world")
         mesh.log.listener = self
@@ -101,25 +97,19 @@ class CommLog:
     # -- what the communicators say ------------------------------------------------------------------------
 
     def begin(self, call: Call) -> Span | None:
-        self._poll()
+        self._pending.read_some()
         if call.flight.op not in self._ops or (self._axes is not None and call.axis not in self._axes):
             return None
-        codec = call.coded.codec if call.coded is not None else ""
-        logical = call.coded.logical_bytes if call.coded is not None else call.wire_bytes
+        logical, codec = _stands_for(call)
         with self._lock:
-            group = self._groups.get(call.lane) or self._meet(call.lane)
             kind = Kind(call.axis, call.flight.op, codec, len(call.lane.ranks))
-            cross = None if group.away is None else call.sent_bytes * group.away
+            cross = self._sent_away(call)
             step = self._tally.issue(kind, logical, call.wire_bytes, call.sent_bytes, cross)
-            key = group.key, call.flight.number
-            self._stamps[key] = stamp = [self._now(), 0]
-            self._calls[key] = Seen(call.axis, call.flight.op, call.lane.ranks)
-            if len(self._stamps) > self._keep:
-                self._calls.pop(self._stamps.popitem(last=False)[0], None)
+            arrived = self._stamps.issue(call)
 
         def ended(seconds: float, waited: float, seen: bool) -> None:
+            arrived()
             self._end(kind, call, step, seconds, waited, seen)
-            stamp[1] = self._now()
 
         clock = self._clock(call.device)
         if call.device.type in ("cpu", "meta"):
@@ -135,23 +125,21 @@ class CommLog:
 
     def end_step(self) -> None:
         """What was heard so far belongs to the step that ends here; without any traffic there was none."""
-        self._poll()
+        self._pending.read_some()
         with self._lock:
             if self._tally.end_step():
                 self._warn()
 
-    def _end(
-        self, kind: Kind, call: Call, step: StepSum, seconds: float, waited: float, seen: bool
-    ) -> None:
-        logical = call.coded.logical_bytes if call.coded is not None else call.wire_bytes
+    def _end(self, kind: Kind, call: Call, step: StepSum, seconds: float, waited: float, seen: bool) -> None:
+        logical, _ = _stands_for(call)
         with self._lock:
             found = self._tally.sums[kind]
             found.waited += waited
             step.waited += waited
             step.seconds += seconds
-            found.any.add(seconds, call.wire_bytes, logical)
+            found.any.add(seconds, call.wire_bytes)
             if seen:
-                found.exact.add(seconds, call.wire_bytes, logical)
+                found.exact.add(seconds, call.wire_bytes)
         if self._verbose:
             self._say(kind, call, logical, seconds, waited)
 
@@ -166,27 +154,11 @@ class CommLog:
             *(1e3 * seconds, 1e3 * waited, bus / 1e9, where),
         )
 
-    def _poll(self) -> None:
-        """Read events that have passed, in the order of their issue; ask few, wait for none."""
-        for _ in range(min(_POLLED, len(self._pending))):
-            if not self._pending[0]():
-                return
-            self._pending.popleft()
-
-    def _clock(self, device: torch.device) -> Clock:
-        kind = str(device)
-        if kind not in self._clocks:
-            self._clocks[kind] = clock_for(device)
-        return self._clocks[kind]
-
-    def _now(self) -> int:
-        """Nanoseconds; the same clock for all ranks of a host, and nearly so on another."""
-        return self._anchor + time.perf_counter_ns()
-
-    def _meet(self, lane: Lane) -> _Group:
-        key = crc32(f"{lane.name} {lane.ranks}".encode())
-        self._groups[lane] = group = _Group(key, share_away(lane.ranks, self.rank, node_ranks()))
-        return group
+    def _sent_away(self, call: Call) -> float | None:
+        if call.lane not in self._away:
+            self._away[call.lane] = share_away(call.lane.ranks, self.rank, node_ranks())
+        share = self._away[call.lane]
+        return None if share is None else call.sent_bytes * share
 
     # -- asking --------------------------------------------------------------------------------------------
 
@@ -195,8 +167,9 @@ class CommLog:
 
         Collective over all ranks of the job with `stragglers`: one all-gather of `keep` times each.
         """
-        self._poll_all()
-        late = self._stragglers() if stragglers else {}
+        self._pending.read_all()
+        with self._deaf():
+            late = self._stamps.compare(self._mesh) if stragglers else {}
         with self._lock:
             rows = tuple(self._row(kind, late) for kind in sorted(self._tally.sums))
             coding = tuple(
@@ -210,7 +183,7 @@ class CommLog:
 
     def steps(self) -> list[StepRow]:
         """Traffic of each step, the oldest first."""
-        self._poll_all()
+        self._pending.read_all()
         with self._lock:
             return self._tally.steps()
 
@@ -235,41 +208,24 @@ class CommLog:
 
         if self._mesh.size(axis) == 1:
             raise ValueError(f"axis {axis!r} has one rank: nothing travels along it")
-        self._mesh.log.listener = None
-        try:
+        with self._deaf():
             seconds = time_plain(self._mesh, axis, num_bytes, times)
-        finally:
-            self._mesh.log.listener = self
         self._plain[axis] = bus_bandwidth("all_gather", self._mesh.size(axis), num_bytes, seconds)
         return self._plain[axis]
-
-    def _poll_all(self) -> None:
-        """Read every event that has passed; those that have not are left for the next time."""
-        for _ in range(len(self._pending)):
-            read = self._pending.popleft()
-            if not read():
-                self._pending.append(read)
 
     def _row(self, kind: Kind, late: Mapping[tuple[str, str], Straggler]) -> CommRow:
         row = self._tally.sums[kind].row(kind)
         found = late.get((kind.axis, kind.op))
         return row if found is None else dataclasses.replace(row, straggler=found)
 
-    def _stragglers(self) -> dict[tuple[str, str], Straggler]:
-        """Compare the times of all ranks: one all-gather."""
-        with self._lock:
-            mine = {key: (issued, arrived) for key, (issued, arrived) in self._stamps.items()}
-            calls = dict(self._calls)
-        rows = torch.tensor(as_rows(mine, self._keep), dtype=torch.int64).view(-1)
-        out = torch.empty(self._mesh.world * rows.numel(), dtype=torch.int64)
-        self._mesh.log.listener = None  # its own traffic is no part of what it tells
+    @contextmanager
+    def _deaf(self) -> Iterator[None]:
+        """The log's own traffic is no part of what it tells."""
+        before, self._mesh.log.listener = self._mesh.log.listener, None
         try:
-            comm = self._mesh.communicator("world", "control")
-            comm.all_gather(out, rows, about="times of the communication log").wait()
+            yield
         finally:
-            self._mesh.log.listener = self
-        stamps = {rank: from_rows(part.tolist()) for rank, part in enumerate(out.view(-1, self._keep, 4))}
-        return plan_stragglers(stamps, self.rank, calls)
+            self._mesh.log.listener = before
 
     def _warn(self) -> None:
         """Say once of each axis and codec that it costs more than it saves."""
@@ -281,12 +237,11 @@ class CommLog:
                     _log.warning("%s", verdict)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Group:
-    """What a lane's collectives have in common. `away`: the part of this rank's peers on other hosts."""
-
-    key: int
-    away: float | None
+def _stands_for(call: Call) -> tuple[int, str]:
+    """(Logical bytes, codec): a cast to the dtype that the tensor has anyway is none."""
+    if call.coded is None or call.coded.logical_bytes == call.wire_bytes:
+        return call.wire_bytes, ""
+    return call.coded.logical_bytes, call.coded.codec
 
 
 def node_ranks() -> int | None:

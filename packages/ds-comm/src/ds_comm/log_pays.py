@@ -42,8 +42,8 @@ def plan_verdicts(tally: Tally, plain_bandwidth: Mapping[str, float]) -> list[Ve
     """One for each axis and codec of which enough was seen.
 
     `plain_bandwidth`: bytes per second over a link, by axis, where it was measured apart; else it is that of
-    plain collectives along the axis that were no smaller than the smallest coded one. Without either there
-    is no verdict, nor where no coded collective was ever waited for: then its time is nobody's loss.
+    plain collectives along the axis in the size class of the smallest coded one and above. Without either
+    there is no verdict, nor where no coded collective was ever waited for: then its time is nobody's loss.
     """
     found = []
     for axis, codec in sorted({(kind.axis, kind.codec) for kind in tally.sums if kind.codec}):

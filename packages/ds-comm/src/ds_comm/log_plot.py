@@ -20,13 +20,11 @@ def plot_steps(steps: Sequence[StepRow], path: Path) -> None:
     if not steps:
         raise ValueError("the communication log has heard nothing yet: plot after a step")
     try:
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot: no window, no backend, nobody's default changes
     except ImportError:
         raise LookupError("a plot needs matplotlib: pip install 'ds-comm[plot]'") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7), layout="constrained")
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
     _lines(top, steps, "sent_bytes", 1e6)
     _lines(bottom, steps, "waited_ms", 1.0)
     top.set_ylabel("MB sent by this rank, per step")
@@ -34,7 +32,6 @@ def plot_steps(steps: Sequence[StepRow], path: Path) -> None:
     bottom.set_xlabel("step")
     top.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _lines(axes: Any, steps: Sequence[StepRow], field: str, unit: float) -> None:

@@ -82,7 +82,7 @@ class StepRow:
 
 @dataclass(frozen=True, slots=True)
 class CommSummary:
-    """Everything so far; as text, a table. `findings` are sentences, such as that compression does not pay."""
+    """Everything so far; as text, a table. `findings`: sentences, such as that compression does not pay."""
 
     rank: int
     world: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 from ds_core.ground.ticket import Waitable
 from ds_core.train.clock import Clock
 
+_FEW = 8
 BLOCKED_S = 20e-6  # a wait this long was for something that had not arrived yet
 
 
@@ -16,6 +18,37 @@ class Ended(Protocol):
     """Told once a collective has arrived: seconds, seconds waited, and whether the arrival was seen."""
 
     def __call__(self, seconds: float, waited: float, seen: bool) -> None: ...
+
+
+class Pending:
+    """Events that are to be read once they have passed; each gives True then. Nothing is waited for."""
+
+    def __init__(self) -> None:
+        self._reads: deque[Callable[[], bool]] = deque()
+        self._lock = threading.Lock()
+
+    def append(self, read: Callable[[], bool]) -> None:
+        self._reads.append(read)
+
+    def read_some(self) -> None:
+        """The oldest few, up to one that has not passed: cheap enough for every collective."""
+        if not self._reads or not self._lock.acquire(blocking=False):  # another thread is at it
+            return
+        try:
+            for _ in range(min(_FEW, len(self._reads))):
+                if not self._reads[0]():
+                    return
+                self._reads.popleft()
+        finally:
+            self._lock.release()
+
+    def read_all(self) -> None:
+        """Each that has passed; the others stay."""
+        with self._lock:
+            for _ in range(len(self._reads)):
+                read = self._reads.popleft()
+                if not read():
+                    self._reads.append(read)
 
 
 class HostSpan:
@@ -49,7 +82,7 @@ class StreamSpan:
 
     __slots__ = ("_begin", "_clock", "_end", "_ended", "_pending", "_wait")
 
-    def __init__(self, clock: Clock, ended: Ended, pending: deque[Callable[[], bool]]) -> None:
+    def __init__(self, clock: Clock, ended: Ended, pending: Pending) -> None:
         self._clock, self._ended, self._pending = clock, ended, pending
         self._end: Any = None
         self._wait: Any = None
@@ -84,9 +117,7 @@ class StreamSpan:
 class CodingSpan:
     """Time around an encode or decode, told when it has passed."""
 
-    def __init__(
-        self, clock: Clock, told: Callable[[float], None], pending: deque[Callable[[], bool]]
-    ) -> None:
+    def __init__(self, clock: Clock, told: Callable[[float], None], pending: Pending) -> None:
         self._clock, self._told, self._pending = clock, told, pending
         self._begin: Any = None
 

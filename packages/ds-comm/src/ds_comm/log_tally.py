@@ -24,21 +24,23 @@ class Kind(NamedTuple):
 
 @dataclass(slots=True)
 class Times:
-    """Latencies in seconds, with the wire bytes they are of."""
+    """Latencies in seconds, with the wire bytes they are of; `sizes`: (bytes, seconds) by power of two."""
 
     count: int = 0
     total: float = 0.0
     longest: float = 0.0
     wire_bytes: int = 0
-    logical_bytes: int = 0
+    sizes: dict[int, tuple[int, float]] = field(default_factory=dict)
     last: deque[float] = field(default_factory=lambda: deque(maxlen=_KEPT))
 
-    def add(self, seconds: float, wire_bytes: int, logical_bytes: int) -> None:
+    def add(self, seconds: float, wire_bytes: int) -> None:
         self.count += 1
         self.total += seconds
         self.longest = max(self.longest, seconds)
         self.wire_bytes += wire_bytes
-        self.logical_bytes += logical_bytes
+        size = wire_bytes.bit_length()
+        carried, spent = self.sizes.get(size, (0, 0.0))
+        self.sizes[size] = carried + wire_bytes, spent + seconds
         self.last.append(seconds)
 
 
@@ -148,12 +150,13 @@ class Tally:
         ]
 
     def plain_bus_bandwidth(self, axis: str, at_least: int) -> float:
-        """Bytes per second over a link of `axis`, of plain calls of `at_least` bytes; 0 if there were none."""
-        plain = [
-            (kind, one.exact)
-            for kind, one in self.sums.items()
-            if kind.axis == axis and not kind.codec and one.exact.count and one.smallest >= at_least
-        ]
-        seconds = sum(times.total for _, times in plain)
-        carried = sum(times.wire_bytes * bus_factor(kind.op, kind.world) for kind, times in plain)
+        """Bytes per second over a link of `axis`, of plain calls of `at_least` bytes, to a power of two; 0
+        without any."""
+        carried = seconds = 0.0
+        for kind, one in self.sums.items():
+            if kind.axis == axis and not kind.codec:
+                for size, (num_bytes, spent) in one.exact.sizes.items():
+                    if size >= at_least.bit_length():
+                        carried += num_bytes * bus_factor(kind.op, kind.world)
+                        seconds += spent
         return carried / seconds if seconds > 0 else 0.0

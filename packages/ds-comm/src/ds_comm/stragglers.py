@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# rank -> (lane key, number) -> (issued, arrived) in nanoseconds of that rank's clock; arrived is 0 if not noticed
+# rank -> (lane key, number) -> (issued, arrived) in nanoseconds of that rank's clock; 0: not noticed
 Stamps = Mapping[int, Mapping[tuple[int, int], tuple[int, int]]]
 
 

@@ -58,7 +58,7 @@ def gather_coded(
     width = codec.wire_bytes(shard.numel())
     mine = comm.allocate(width, torch.uint8)
     wire = comm.allocate(width * comm.world, torch.uint8)
-    coding = Coding(comm, codec, out)
+    coding = Coding(comm, codec, out.nbytes)
     with coding.encoding():
         codec.encode(shard.view(1, -1), mine.view(1, -1))
     with coding.sending():
@@ -87,7 +87,7 @@ def reduce_coded(
     """
     if codec is None or comm.world == 1:
         return comm.reduce_scatter(out, full, scale=scale, accumulate=accumulate, about=about)
-    coding = Coding(comm, codec, full)
+    coding = Coding(comm, codec, full.nbytes)
     if isinstance(codec, CastCodec):
         with coding.encoding():
             wire = full if full.dtype == codec.dtype else full.to(codec.dtype)

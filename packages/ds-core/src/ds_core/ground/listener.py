@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
 
 from ds_core.ground.flight import Flight, Lane
 from ds_core.ground.ticket import Waitable
@@ -125,11 +124,11 @@ class Coding:
 
     __slots__ = ("_codec", "_comm", "_log", "_logical_bytes")
 
-    def __init__(self, comm: Any, codec: object, logical: Tensor) -> None:
-        """`logical`: the whole tensor before coding, as long as what the collective's own size means."""
+    def __init__(self, comm: Any, codec: object, logical_bytes: int) -> None:
+        """`logical_bytes`: of the whole tensor before coding, as the collective's own size counts."""
         log = getattr(comm, "log", None)  # a group of one rank has none
         self._log = log if log is not None and log.listener is not None else None
-        self._comm, self._codec, self._logical_bytes = comm, type(codec).__name__, logical.nbytes
+        self._comm, self._codec, self._logical_bytes = comm, type(codec).__name__, logical_bytes
 
     def encoding(self) -> AbstractContextManager[None]:
         return self._part("encode")
@@ -146,13 +145,15 @@ class Coding:
         return found
 
     def sending(self) -> AbstractContextManager[None]:
+        """Collectives issued inside carry what was encoded. Inside another such block that one counts."""
         return nullcontext() if self._log is None else self._sending()
 
     @contextmanager
     def _sending(self) -> Iterator[None]:
         assert self._log is not None
         here = self._log.here
-        before, here.coded = here.coded, Coded(self._codec, self._logical_bytes)
+        before = here.coded
+        here.coded = before or Coded(self._codec, self._logical_bytes)
         try:
             yield
         finally:
