@@ -16,6 +16,10 @@ _HOME: dict[str, str] = {
     "MomentumWire": "ds_comm.signs_wire",
     "OnebitAdam": "ds_comm.onebit_adam",
     "VarianceTest": "ds_comm.freeze",
+    "bus_factor": "ds_comm.bandwidth",
+    "CommLog": "ds_comm.log",
+    "CommRow": "ds_comm.log_rows",
+    "CommSummary": "ds_comm.log_rows",
 }
 
 __all__ = ["__version__", *_HOME]
