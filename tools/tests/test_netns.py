@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import netns
-from netns import Link
+import netns_plan
+from netns_plan import Link
 
 TOOL = Path(netns.__file__)
 
@@ -17,18 +18,19 @@ TOOL = Path(netns.__file__)
     [("100mbit", 10**8), ("1gbit", 10**9), (" 2.5Gbit ", 2_500_000_000), ("56kbit", 56_000), ("9bit", 9)],
 )
 def test_rates_are_those_of_tc(text: str, bits: int):
-    assert netns.parse_rate(text) == bits
+    assert netns_plan.parse_rate(text) == bits
 
 
 @pytest.mark.parametrize("text", ["100", "100mb", "0mbit", "-1mbit", "fast", "1 gbit", "100mbps", ""])
 def test_other_rates_are_refused(text: str):
     with pytest.raises(ValueError, match="such as 100mbit; got"):
-        netns.parse_rate(text)
+        netns_plan.parse_rate(text)
 
 
 def test_a_burst_is_a_millisecond_within_bounds():
     bursts = {
-        rate: Link(netns.parse_rate(rate)).burst_bytes for rate in ("1mbit", "100mbit", "1gbit", "10gbit")
+        rate: Link(netns_plan.parse_rate(rate)).burst_bytes
+        for rate in ("1mbit", "100mbit", "1gbit", "10gbit")
     }
     assert bursts == {"1mbit": 8192, "100mbit": 12_500, "1gbit": 125_000, "10gbit": 262_144}
 
@@ -40,9 +42,9 @@ def limited(commands: list[list[str]]) -> set[tuple[str, str]]:
 
 @pytest.mark.parametrize("nodes", [2, 3, 5])
 def test_every_end_is_limited_and_nothing_is_made_outside_of_the_namespaces(nodes: int):
-    commands = netns.plan_network(77, nodes, Link(10**8))
+    commands = netns_plan.plan_network(77, nodes, Link(10**8))
     made = [c[3] for c in commands if c[:3] == ["ip", "netns", "add"]]
-    assert made == netns.namespace_names(77, nodes)
+    assert made == netns_plan.namespace_names(77, nodes)
     ends = {(f"ds-net-77-{node}", "ds0") for node in range(nodes)}
     if nodes > 2:  # a node receives no faster than it sends: the switch's ports are limited too
         ends |= {("ds-net-77-switch", f"port{node}") for node in range(nodes)}
@@ -55,11 +57,11 @@ def test_every_end_is_limited_and_nothing_is_made_outside_of_the_namespaces(node
 
 
 def test_addresses_differ_and_the_first_is_the_master():
-    commands = netns.plan_network(77, 4, Link(10**9))
+    commands = netns_plan.plan_network(77, 4, Link(10**9))
     given = [c[c.index("add") + 1] for c in commands if "addr" in c]
-    assert given == [f"{netns.address(node)}/24" for node in range(4)]
+    assert given == [f"{netns_plan.address(node)}/24" for node in range(4)]
     assert len(set(given)) == 4
-    assert netns.plan_environment(3, 4, 1, 1)["MASTER_ADDR"] == netns.address(0)
+    assert netns_plan.plan_environment(3, 4, 1, 1)["MASTER_ADDR"] == netns_plan.address(0)
 
 
 def test_a_delay_comes_before_the_limit():
@@ -80,11 +82,11 @@ def test_a_delay_comes_before_the_limit():
 @pytest.mark.parametrize("nodes", [0, 1, 201])
 def test_other_numbers_of_nodes_are_refused(nodes: int):
     with pytest.raises(ValueError, match=f"2 to 200 nodes, got {nodes}"):
-        netns.plan_network(1, nodes, Link(1000))
+        netns_plan.plan_network(1, nodes, Link(1000))
 
 
 def test_ranks_of_a_node_know_it():
-    found = [netns.plan_environment(rank, 4, 2, 29501) for rank in range(4)]
+    found = [netns_plan.plan_environment(rank, 4, 2, 29501) for rank in range(4)]
     assert [(e["RANK"], e["LOCAL_RANK"], e["GROUP_RANK"]) for e in found] == [
         ("0", "0", "0"),
         ("1", "1", "0"),
@@ -106,9 +108,9 @@ someone-elses
 
 
 def test_only_namespaces_of_the_dead_are_left_over():
-    assert netns.plan_leftovers(LISTED, {11}.__contains__) == ["ds-net-10-0", "ds-net-10-switch"]
-    assert netns.plan_leftovers(LISTED, {10}.__contains__) == ["ds-net-11-0"]
-    assert netns.plan_leftovers("", {10}.__contains__) == []
+    assert netns_plan.plan_leftovers(LISTED, {11}.__contains__) == ["ds-net-10-0", "ds-net-10-switch"]
+    assert netns_plan.plan_leftovers(LISTED, {10}.__contains__) == ["ds-net-11-0"]
+    assert netns_plan.plan_leftovers("", {10}.__contains__) == []
 
 
 @pytest.mark.parametrize(
@@ -123,7 +125,7 @@ def test_only_namespaces_of_the_dead_are_left_over():
     ],
 )
 def test_what_is_missing_is_said_in_a_sentence(uid: int, capabilities: int, absent: str, said: str):
-    found = netns.missing(uid, capabilities, lambda tool: None if tool == absent else f"/sbin/{tool}")
+    found = netns_plan.missing(uid, capabilities, lambda tool: None if tool == absent else f"/sbin/{tool}")
     assert said in found
     assert bool(found) == bool(said)
 
