@@ -25,7 +25,9 @@ def train(first: int) -> None:
             try:
                 run_seed(mesh, seed, stage, history)
             except Exception as fault:
-                raise AssertionError(f"seed {seed}, stage {stage}: {type(fault).__name__}: {fault}") from fault
+                raise AssertionError(
+                    f"seed {seed}, stage {stage}: {type(fault).__name__}: {fault}"
+                ) from fault
 
 
 @pytest.mark.parametrize("first", range(0, MODELS, PER_CALL))
