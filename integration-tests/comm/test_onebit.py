@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_comm import MomentumWire, OnebitAdam
+from ds_comm import MomentumWire, OnebitAdam, ZeroOneAdam, ZeroOneSchedule
 from ds_core import ReplicatedOwner, ShardedOptimizer, Topology
 from ds_core.state.owner import FlatOwner
 from ds_core.testing.distributed import run_ranks
@@ -21,7 +21,7 @@ from ds_zero import Zero, full_tensor, shard
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from onebit_oracle import AdamOracle, Oracle
+from onebit_oracle import AdamOracle, Oracle, ZeroOneOracle
 
 BLOCK = 16
 HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
@@ -168,3 +168,63 @@ def odd_cases(world: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_corners_of_models_train(stage: int) -> None:
     run_ranks(odd_cases, 2, stage=stage)
+
+
+def zero_one_equals(
+    rank: int, world: int, stage: int, dtype: str | None, micro: int, clipper: int
+) -> list[str]:
+    """Masters of every rank after every step, local ones too, to the bit."""
+    case = "mlp"
+    model = CASES[case].build()
+    schedule = ZeroOneSchedule(7, var_update_scaler=2, local_step_scaler=3, local_step_clipper=clipper)
+    optimizer = ZeroOneAdam(model.parameters(), schedule=schedule, wire=MomentumWire(block=BLOCK), **HYPER)
+    owner = own(model, optimizer, stage, dtype)
+    ShardedOptimizer(optimizer, owner)
+    numbers = {"freeze": 7, "kappa": 2, "scaler": 3, "clipper": clipper}
+    oracle = ZeroOneOracle(CASES[case], owner.trainable, world=world, stage=stage, block=BLOCK, **numbers)
+    for step in range(20):
+        seeds = [100 * step + number for number in range(micro)]
+        train(case, model, optimizer, seeds)
+        oracle.step(seeds)
+        for unit, wanted, mine in zip(owner.trainable, oracle.units, oracle.x[rank], strict=True):
+            used = wanted.used[unit.span]
+            assert torch.equal(unit.values()[used], mine[unit.span][used]), (step, oracle.kinds, unit.about)
+        assert optimizer.synced == (oracle.kinds[-1] != "local")
+        if optimizer.synced and world > 1:
+            for unit in owner.trainable if stage == 0 else ():
+                theirs = [torch.empty_like(unit.values()) for _ in range(world)]
+                dist.all_gather(theirs, unit.values().clone())
+                assert all(torch.equal(theirs[0], each) for each in theirs)
+    return oracle.kinds
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "dtype", "micro", "clipper"),
+    [
+        (2, 0, None, 1, 4),
+        (2, 0, "bfloat16", 3, 4),
+        (3, 0, None, 1, 2),
+        (2, 1, None, 3, 1),
+        (3, 2, "bfloat16", 1, 1),
+    ],
+)
+def test_zero_one_adam_is_the_papers(
+    world: int, stage: int, dtype: str | None, micro: int, clipper: int
+) -> None:
+    kinds = run_ranks(zero_one_equals, world, stage=stage, dtype=dtype, micro=micro, clipper=clipper)[0]
+    refreshes = [at + 1 for at, kind in enumerate(kinds) if kind == "plain"]
+    assert refreshes == [1, 2, 3, 5, 7]
+    assert kinds[5] == "signs"
+    if clipper == 4:
+        assert "".join(kind[0] for kind in kinds[7:]) == "sss" + "lslll" + "slll" + "s"
+
+
+def local_steps_of_shards(world: int) -> None:
+    model = CASES["mlp"].build()
+    optimizer = ZeroOneAdam(model.parameters(), schedule=ZeroOneSchedule(4))
+    with pytest.raises(ValueError, match="local_step_clipper=1"):
+        shard(model, optimizer, stage=1)
+
+
+def test_local_steps_of_shards_are_refused() -> None:
+    run_ranks(local_steps_of_shards, 2)

@@ -11,6 +11,8 @@ _HOME: dict[str, str] = {
     "MomentumWire": "ds_comm.signs_wire",
     "OnebitAdam": "ds_comm.onebit_adam",
     "VarianceTest": "ds_comm.freeze",
+    "ZeroOneAdam": "ds_comm.zero_one_adam",
+    "ZeroOneSchedule": "ds_comm.zero_one_adam",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -57,6 +57,10 @@ class Compressing(Protocol):
         """exp_avg of a piece, fp32, zeros at first."""
         ...
 
+    def receive_(self, piece: Piece, momentum: Tensor, *, again: bool) -> None:
+        """The piece's new momentum, flat; `again`: what is to be added to it."""
+        ...
+
     def before_sending_(self, unit: FlatUnit, value: Tensor, *, again: bool) -> None:
         """This rank's momentum [numel and more] becomes what is sent."""
         ...
@@ -92,6 +96,7 @@ class MomentumRoute:
         self._layouts: dict[str, BucketLayout] = {}  # by the unit's key
         self._received: dict[str, list[Tensor]] = {}  # m, as it came: the sum of these
         self._flying: set[str] = set()
+        self._spoilt: list[str] = []  # parameters whose own gradients are not finite
         self._groups = _Groups(optimizer)
 
     # -- joining -------------------------------------------------------------------------------------------
@@ -138,6 +143,10 @@ class MomentumRoute:
         self._server.connect(owner.trainable)
         return self._errors, self._server
 
+    def pieces(self, unit: FlatUnit) -> Sequence[Piece]:
+        """What of the unit this rank updates."""
+        return self._groups.pieces(unit)
+
     # -- the step ------------------------------------------------------------------------------------------
 
     @property
@@ -162,7 +171,11 @@ class MomentumRoute:
         owner.changes.open()
         value = self._form(unit, full, again=again)
         if mode is Mode.LOCAL:
-            self._keep(unit, out, value, again=again)
+            if bool(torch.isfinite(value).all()):
+                self._keep(unit, out, value, again=again)
+            else:  # known to this rank alone until `refuse_spoilt`
+                self._spoilt.append(self._names(unit, value))
+                out.zero_()
             return Ticket()
         self._optimizer.before_sending_(unit, value, again=again)
         comm, rows = owner.comm, SignRows.of(self._layouts[unit.key].shard_numel, self._wire)
@@ -297,26 +310,37 @@ class MomentumRoute:
         else:
             out.copy_(momentum)
         for piece in self._groups.pieces(unit):
-            state = self._optimizer.momentum(piece).view(-1)
-            part = momentum[slice(*piece.overlap.local)]
-            if again:
-                state.add_(part)
-            else:
-                state.copy_(part)
+            self._optimizer.receive_(piece, momentum[slice(*piece.overlap.local)], again=again)
 
     def _nonfinite(self, unit: FlatUnit, value: Tensor, sent: Tensor, rows: SignRows) -> NonFiniteError:
-        what = "another rank's gradient is not finite, and its momentum was not sent"
-        if not bool(torch.isfinite(rows.scales(sent)).all()):
-            names = [
-                slot.fqn
-                for slot in unit.layout.slots
-                if not bool(torch.isfinite(value[slot.start : slot.end]).all())
-            ]
-            what = f"this rank's gradient of {', '.join(names) or unit.about} is not finite and was not sent"
+        mine = not bool(torch.isfinite(rows.scales(sent)).all())
+        return self._error(self._names(unit, value) if mine else "")
+
+    def refuse_spoilt(self) -> None:
+        """In mode LOCAL, before the step: raises NonFiniteError on every rank where one has such a gradient.
+
+        Collective.
+        """
+        owner, names = self.need(), ", ".join(self._spoilt)
+        self._spoilt.clear()
+        flag = torch.tensor([1.0 if names else 0.0])
+        owner.control.all_reduce(flag, op="max", about="whether momenta are finite").wait()
+        if flag.item():
+            raise self._error(names)
+
+    def _error(self, names: str) -> NonFiniteError:
+        what = f"this rank's gradient of {names} is not finite and was not sent"
+        if not names:
+            what = "another rank's gradient is not finite, and its momentum was not sent"
         return NonFiniteError(
             f"rank {self.need().everyone.rank}: {what}. No weight was changed; call optimizer.zero_grad() "
             "before going on. Lower the learning rate, or look at this batch"
         )
+
+    @staticmethod
+    def _names(unit: FlatUnit, value: Tensor) -> str:
+        slots = [s for s in unit.layout.slots if not bool(torch.isfinite(value[s.start : s.end]).all())]
+        return ", ".join(slot.fqn for slot in slots) or unit.about
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.optim.optimizer import ParamsT
 
+from ds_comm.compressed import CompressedOptimizer, decay_, direction
 from ds_comm.freeze import VarianceTest, freeze_rule
 from ds_comm.momentum_route import Mode, MomentumRoute
 from ds_comm.signs_wire import MomentumWire
@@ -19,10 +20,8 @@ from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
 from ds_core.train.optim import attached
 
-_GROUP_SETTINGS = ("betas", "eps", "weight_decay", "decoupled_weight_decay")
 
-
-class OnebitAdam(Adam):
+class OnebitAdam(CompressedOptimizer, Adam):
     """Tang et al. 2021, "1-bit Adam", algorithm 1, at stages 0 to 2.
 
     Warm-up: torch's Adam (AdamW unless `decoupled_weight_decay` is False), to the bit. After `freeze_step`
@@ -71,21 +70,7 @@ class OnebitAdam(Adam):
         return Mode.SIGNS if self.frozen else Mode.PLAIN
 
     def settings(self) -> Mapping[str, Json]:
-        groups = [{name: group[name] for name in _GROUP_SETTINGS} for group in self.param_groups]
-        return {"optimizer": type(self).__name__, "freeze_step": repr(self.freeze), "groups": groups}
-
-    def refuse(self, owner: FlatOwner) -> None:
-        """Every stage that a route can be at is fine."""
-
-    def momentum(self, piece: Piece) -> Tensor:
-        found: Tensor = self._state_of(piece.param)["exp_avg"]
-        return found
-
-    def before_sending_(self, unit: FlatUnit, value: Tensor, *, again: bool) -> None:
-        """Momenta travel as they are."""
-
-    def after_receiving_(self, unit: FlatUnit, value: Tensor, begin: int) -> None:
-        """And arrive so."""
+        return {**super().settings(), "freeze_step": repr(self.freeze)}
 
     def counters(self) -> Json:
         return {"steps": self.steps, "frozen": self.frozen, "sizes": list(self._sizes)}
@@ -121,11 +106,11 @@ class OnebitAdam(Adam):
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                state = self._state_of(param)
+                state = self.state_of(param)
                 state["step"] += 1
-                apply_frozen_(
-                    param, param.grad, state["exp_avg_sq"], group, -lr / (1.0 - beta1 ** float(state["step"]))
-                )
+                decay_(param, group)
+                update = direction(param.grad, state["exp_avg_sq"], group["eps"])
+                param.add_(update, alpha=-lr / (1.0 - beta1 ** float(state["step"])))
 
     def _is_warm(self, owner: FlatOwner) -> bool:
         if isinstance(self.freeze, int):
@@ -149,23 +134,3 @@ class OnebitAdam(Adam):
                     state["exp_avg_sq"].div_(1.0 - float(group["betas"][1]) ** float(state["step"]))
         self.frozen = True
         self._sizes.clear()
-
-    def _state_of(self, param: Tensor) -> dict[str, Any]:
-        """A parameter's state; zeros where it had no gradient in the warm-up."""
-        state: dict[str, Any] = self.state[param]
-        if not state:
-            state["step"] = torch.zeros(())
-            state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
-            state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
-        return state
-
-
-def apply_frozen_(
-    param: Tensor, momentum: Tensor, variance: Tensor, group: Mapping[str, Any], alpha: float
-) -> None:
-    """param += alpha * momentum / (sqrt(variance) + eps), 0 where the variance is, after decoupled decay."""
-    update = momentum / variance.sqrt().add_(group["eps"])
-    update.masked_fill_(variance == 0, 0.0)
-    if group["weight_decay"] and group["decoupled_weight_decay"]:
-        param.mul_(1.0 - float(group["lr"]) * group["weight_decay"])
-    param.add_(update, alpha=alpha)
