@@ -274,3 +274,73 @@ class ZeroOneOracle(Oracle):
         for rank in workers:
             self.x[rank][at], self.ms[rank][at] = unit.values.clone(), unit.m.clone()
             self.us[rank][at].zero_()
+
+
+class LambOracle(Oracle):
+    """Li et al. 2021, algorithm 1, over LAMB with bias corrections, layer by layer."""
+
+    lr, betas, eps, decay = 1e-2, (0.9, 0.99), 1e-6, 0.1
+    low, high, beta3, factors, threshold = 0.01, 10.0, 0.9, (0.5, 4.0), 0.1
+
+    def __init__(self, *args: object, freeze_step: int, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.freeze_step = freeze_step
+        self.coefficients: dict[str, Tensor] = {}
+        self.scales: dict[str, float] = {}
+        self.last: dict[str, Tensor] = {}
+        self.fresh: dict[str, Tensor] = {}
+
+    def step(self, seeds: Sequence[int]) -> None:
+        super().step(seeds)
+        if self.steps == self.freeze_step:
+            sizes = {}
+            for unit in self.units:
+                unit.v /= 1 - self.betas[1] ** self.steps
+                for name, _, start, end in unit.slots:
+                    sizes[name] = float(unit.m[start:end].double().square().mean().sqrt())
+                    self.coefficients[name] /= 1 - self.beta3**self.steps
+                    self.fresh[name] = unit.v[start:end].clone()
+                    self.last[name] = torch.tensor(1.0)
+            known = torch.tensor([size for size in sizes.values() if size > 0], dtype=torch.float64)
+            united = float(known.mean())
+            self.scales = {name: united / size if size > 0 else 1.0 for name, size in sizes.items()}
+
+    def update(self, unit: FlatOracle, grads: list[list[Tensor]]) -> None:
+        beta1, beta2 = self.betas
+        if self.steps <= self.freeze_step:
+            grad = self.mean(unit, grads)
+            unit.m.lerp_(grad, 1 - beta1)
+            unit.v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            for name, shape, start, end in unit.slots:
+                x, m, v = (t[start:end].view(shape) for t in (unit.values, unit.m, unit.v))
+                denom = v.sqrt() * (1 - beta2**self.steps) ** -0.5 + self.eps
+                update = (m / (1 - beta1**self.steps) / denom).add_(x, alpha=self.decay)
+                ratio = (x.norm() / update.norm()).clamp(self.low, self.high)
+                if not (x.norm() > 0 and update.norm() > 0):
+                    ratio = torch.tensor(1.0)
+                mean = self.coefficients.setdefault(name, torch.tensor(0.0))
+                mean.mul_(self.beta3).add_(ratio, alpha=1 - self.beta3)
+                x -= update * (self.lr * ratio)
+            return
+        sent = [total(micros) * (1 - beta1) + beta1 * unit.m for micros in grads]
+        for each in sent:
+            each[~unit.used] = 0
+            for name, _, start, end in unit.slots:
+                each[start:end] *= self.scales[name]
+        before, unit.m = unit.m, unit.mean_of_signs(sent)
+        for name, shape, start, end in unit.slots:
+            unit.m[start:end] /= self.scales[name]
+            x, m, v = (t[start:end].view(shape) for t in (unit.values, unit.m, unit.v))
+            implied = (m - before[start:end].view(shape) * beta1) / (1 - beta1)
+            fresh = self.fresh[name].view(shape)
+            fresh.mul_(beta2).addcmul_(implied, implied, value=1 - beta2)
+            alone = m / (1 - beta1**self.steps) / (v.sqrt() + self.eps)
+            alone[v == 0] = 0
+            update = alone.add(x, alpha=self.decay)
+            factor = ((v.sqrt() + self.eps) / (fresh.sqrt() + self.eps)).max()
+            share = min(alone.norm() / update.norm(), torch.tensor(1.0))
+            factor = (factor * share + (1 - share)).clamp(*self.factors)
+            last = self.last[name]
+            low, high = last * (1 - self.threshold), last * (1 + self.threshold)
+            self.last[name] = max(min(factor, high), low)
+            x -= update * (self.lr * self.coefficients[name] * self.last[name])

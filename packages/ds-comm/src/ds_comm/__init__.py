@@ -8,8 +8,10 @@ __version__ = "0.1.0"
 # public name -> module that defines it
 _HOME: dict[str, str] = {
     "ErrorRows": "ds_comm.error_feedback",
+    "LambCoefficients": "ds_comm.onebit_lamb",
     "MomentumWire": "ds_comm.signs_wire",
     "OnebitAdam": "ds_comm.onebit_adam",
+    "OnebitLamb": "ds_comm.onebit_lamb",
     "VarianceTest": "ds_comm.freeze",
     "ZeroOneAdam": "ds_comm.zero_one_adam",
     "ZeroOneSchedule": "ds_comm.zero_one_adam",

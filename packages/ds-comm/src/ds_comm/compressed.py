@@ -81,3 +81,12 @@ def decay_(param: Tensor, group: Mapping[str, Any]) -> None:
     """AdamW's decoupled weight decay."""
     if group["weight_decay"] and group["decoupled_weight_decay"]:
         param.mul_(1.0 - float(group["lr"]) * group["weight_decay"])
+
+
+def refuse_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raises ValueError naming the number and what it may be."""
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be in [0, 1), got {betas}")

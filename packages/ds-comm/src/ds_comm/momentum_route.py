@@ -76,13 +76,14 @@ class Compressing(Protocol):
 class MomentumRoute:
     """The GradientRoute of the 1-bit optimizers.
 
-    In mode SIGNS every rank forms beta1 * m + (1 - beta1) * its own gradient of the whole step, adds its error,
-    and keeps signs and scales; each rank sums one chunk over all ranks, adds the chunk's error, keeps signs
-    and scales again and hands them to everybody: what the optimizer sees as gradient is the new m.
+    In mode SIGNS every rank forms beta1 * m + (1 - beta1) * its own gradient of the whole step, adds its
+    error, and keeps signs and scales; each rank sums one chunk over all ranks, adds the chunk's error, keeps
+    signs and scales again and hands them to everybody: what the optimizer sees as gradient is the new m.
     Collective: one all-to-all and one all-gather per unit and step, in the order in which units are reduced.
-    Bytes a rank sends: 2 (world - 1) * (numel / (8 world) + 4 per block), where fp32 takes 8 numel (world - 1) / world.
-    Memory: an error [numel] fp32 and one [numel / world], from the first such step on; at stages 1 and 2 all of
-    m as it was on the wire, numel / 8 bytes and scales.
+    Bytes a rank sends: 2 (world - 1) / world * (numel / 8 + 4 for each block), where an all-reduce of fp32
+    takes 2 (world - 1) / world * 4 numel.
+    Memory: an error [numel] fp32 and one [numel / world], from the first such step on; at stages 1 and 2 all
+    of m as it was on the wire, numel / 8 bytes and scales.
     A gradient that is not finite is not sent: NaN scales tell every rank, and all raise NonFiniteError in
     the same step. Errors of that unit are zero from then on; its m and every weight are as they were.
     """
@@ -129,8 +130,8 @@ class MomentumRoute:
         others = [one for one in optimizers_of(self.owner) if one.optimizer is not mine]
         if others:
             raise RuntimeError(
-                f"{type(others[0].optimizer).__name__} steps on the same model as {name}, whose route carries "
-                "momenta and no gradients for others: give all parameters to one of them"
+                f"{type(others[0].optimizer).__name__} steps on the same model as {name}, whose route "
+                "carries momenta and no gradients for others: give all parameters to one of them"
             )
         return self.owner
 
@@ -302,7 +303,7 @@ class MomentumRoute:
         self._keep(unit, out, self._decode(unit, rows, row, mine, at * rows.each), again=again)
 
     def _keep(self, unit: FlatUnit, out: Tensor, momentum: Tensor, *, again: bool) -> None:
-        """The optimizer's state and what it will see as gradient. At stage 0 the reducer adds to the latter."""
+        """The optimizer's state, and what it will see as gradient; at stage 0 the reducer adds to that."""
         owner = self.need()
         momentum = momentum[: out.numel()]
         if again and owner.sharded:
@@ -345,7 +346,7 @@ class MomentumRoute:
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
-        """`error/<parameter>` [world, *shape] and `server/<parameter>` once signs travel, and the counters."""
+        """The counters, and once signs travel `error/<parameter>` [world, *shape] and `server/<parameter>`."""
         owner = self.need()
         owner.reducer.settle()  # a step whose momenta are on their way is in it as a whole
         state: dict[str, Tensor | FlatShard | Json] = {_COUNTERS: self._optimizer.counters()}
@@ -428,8 +429,8 @@ def _refuse(owner: FlatOwner) -> None:
     if owner.replicas.world > 1:
         raise ValueError(
             f"compressed momenta are averaged over all ranks at once, and here {owner.replicas.world} groups "
-            "hold copies (dp_replicate > 1), which would sum momenta as if they were gradients: put all ranks "
-            "into dp_shard, or use stage 0"
+            "hold copies (dp_replicate > 1), which would sum momenta as if they were gradients: put all "
+            "ranks into dp_shard, or use stage 0"
         )
     if owner.store.away is not None:
         raise ValueError(
@@ -444,6 +445,6 @@ def _refuse(owner: FlatOwner) -> None:
             )
         if unit.master_dtype != torch.float32:
             raise ValueError(
-                f"{unit.layout.slots[0].fqn} has {unit.master_dtype} masters, and momenta need fp32 ones: build "
-                "the model in fp32, and give dtype=torch.bfloat16 to whoever shards it"
+                f"{unit.layout.slots[0].fqn} has {unit.master_dtype} masters, and momenta need fp32 ones: "
+                "build the model in fp32, and give dtype=torch.bfloat16 to whoever shards it"
             )

@@ -6,19 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.optim import Adam
 from torch.optim.optimizer import ParamsT
 
 from ds_comm.compressed import CompressedOptimizer, decay_, direction
-from ds_comm.freeze import VarianceTest, freeze_rule
+from ds_comm.freeze import VarianceTest, WarmUp
 from ds_comm.momentum_route import Mode, MomentumRoute
 from ds_comm.signs_wire import MomentumWire
-from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import Json
-from ds_core.state.unit import FlatUnit
-from ds_core.train.holdings import Piece
-from ds_core.train.optim import attached
 
 
 class OnebitAdam(CompressedOptimizer, Adam):
@@ -28,8 +23,8 @@ class OnebitAdam(CompressedOptimizer, Adam):
     steps, or when the variance test says so ("auto"), on all ranks in the same step, the variance stays as it
     is and every rank sends its momentum as signs: 1/26 of the bytes and less. See MomentumRoute.
     Bias correction: the variance keeps the one it has at the freeze, applied to `exp_avg_sq` then; the
-    momentum's goes on. An element whose variance is 0 at the freeze, because it never had a gradient, does not
-    move any more: nothing is known of its size, and momentum / eps would throw it away.
+    momentum's goes on. An element whose variance is 0 at the freeze, because it never had a gradient, does
+    not move any more: nothing is known of its size, and momentum / eps would throw it away.
     Weight decay that is not decoupled joins the gradient before the momentum, in both phases.
     After the freeze the gradient that clipping sees is the momentum: `clip_grad_norm_` then bounds what a
     step applies, and the momentum itself goes on as it was.
@@ -49,10 +44,7 @@ class OnebitAdam(CompressedOptimizer, Adam):
         decoupled_weight_decay: bool = True,
         wire: MomentumWire | None = None,
     ) -> None:
-        self.freeze = freeze_rule(freeze_step)
-        self.steps = 0
-        self.frozen = False
-        self._sizes: list[float] = []  # |v|_1 of the steps that the variance test looks back on
+        self.warm_up = WarmUp(freeze_step)
         super().__init__(
             params,
             lr=lr,
@@ -63,6 +55,11 @@ class OnebitAdam(CompressedOptimizer, Adam):
         )
         self.route = MomentumRoute(self, wire or MomentumWire())
 
+    @property
+    def frozen(self) -> bool:
+        """Has the warm-up ended?"""
+        return self.warm_up.over
+
     # -- what the route asks -------------------------------------------------------------------------------
 
     @property
@@ -70,15 +67,13 @@ class OnebitAdam(CompressedOptimizer, Adam):
         return Mode.SIGNS if self.frozen else Mode.PLAIN
 
     def settings(self) -> Mapping[str, Json]:
-        return {**super().settings(), "freeze_step": repr(self.freeze)}
+        return {**super().settings(), "freeze_step": repr(self.warm_up.rule)}
 
     def counters(self) -> Json:
-        return {"steps": self.steps, "frozen": self.frozen, "sizes": list(self._sizes)}
+        return self.warm_up.counters()
 
     def load_counters(self, values: Json) -> None:
-        found = values or {}
-        self.steps, self.frozen = int(found.get("steps", 0)), bool(found.get("frozen", False))
-        self._sizes = [float(size) for size in found.get("sizes", [])]
+        self.warm_up.load_counters(values)
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -94,8 +89,7 @@ class OnebitAdam(CompressedOptimizer, Adam):
             self._apply()
         else:
             super().step()
-        self.steps += 1
-        if not self.frozen and self._is_warm(owner):
+        if self.warm_up.ends(self, owner):
             self._freeze()
         return loss
 
@@ -112,25 +106,9 @@ class OnebitAdam(CompressedOptimizer, Adam):
                 update = direction(param.grad, state["exp_avg_sq"], group["eps"])
                 param.add_(update, alpha=-lr / (1.0 - beta1 ** float(state["step"])))
 
-    def _is_warm(self, owner: FlatOwner) -> bool:
-        if isinstance(self.freeze, int):
-            return self.steps >= self.freeze
-        beta2 = min(float(group["betas"][1]) for group in self.param_groups)
-        size = torch.zeros(1, dtype=torch.float64)
-        for piece in attached(self).held.trained:
-            state = self.state.get(piece.param, {})
-            if state:
-                size += state["exp_avg_sq"].sum(dtype=torch.float64).cpu()
-        owner.control.all_reduce(size, about="the variance's size").wait()  # at stage 0 world times the same
-        self._sizes.append(float(size) / (1.0 - beta2**self.steps))
-        del self._sizes[: -1 - self.freeze.steps(beta2)]
-        return self.steps >= self.freeze.at_least and self.freeze.has_come_to_rest(self._sizes, beta2)
-
     def _freeze(self) -> None:
         for group in self.param_groups:
             for param in group["params"]:
                 state = self.state.get(param, {})
                 if state:
                     state["exp_avg_sq"].div_(1.0 - float(group["betas"][1]) ** float(state["step"]))
-        self.frozen = True
-        self._sizes.clear()

@@ -1,4 +1,4 @@
-"""0/1 Adam: no warm-up; the variance is refreshed ever more rarely, and in the end ranks step alone for a while."""
+"""0/1 Adam: the variance is refreshed ever more rarely, and in the end ranks step alone for a while."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ds_comm.compressed import CompressedOptimizer, decay_, direction
+from ds_comm.compressed import CompressedOptimizer, decay_, direction, refuse_numbers
 from ds_comm.momentum_route import Mode, MomentumRoute
 from ds_comm.signs_wire import MomentumWire
 from ds_core.state.owner import FlatOwner
@@ -22,8 +22,8 @@ from ds_core.state.unit import FlatUnit
 class ZeroOneSchedule:
     """When gradients travel whole for the variance's sake, and when nothing does. Steps count from 1.
 
-    The variance is refreshed `var_update_scaler` times at intervals of 1 step, then of 2, of 4, and so on, never
-    after `var_freeze_step`. After that step ranks synchronise every `local_interval` steps: 1, doubled every
+    The variance is refreshed `var_update_scaler` times at intervals of 1 step, then of 2, of 4, and so on,
+    never after `var_freeze_step`. After that step ranks synchronise every `local_interval` steps: 1, doubled every
     `local_step_scaler` steps, at most `local_step_clipper`; 1 is no local steps at all.
     """
 
@@ -57,7 +57,7 @@ class ZeroOneAdam(CompressedOptimizer):
     All ranks then step from their common parameters along the mean over ranks, and hold the same bits.
     Bias correction, which the paper leaves out: the variance by the number of its refreshes, the momentum by
     steps. Weight decay, clipping, and elements whose variance is 0: as in OnebitAdam; a decoupled decay
-    goes on in local steps. Learning rates are read when gradients are reduced and must not change until the step.
+    goes on in local steps. Learning rates are read when gradients are reduced: change them after the step.
     Memory in local steps: two more fp32 copies of the parameters, `anchor` and `drift`.
     Between synchronisations ranks hold different parameters, and there is no checkpoint: see `synced`.
     """
@@ -76,7 +76,7 @@ class ZeroOneAdam(CompressedOptimizer):
         decoupled_weight_decay: bool = True,
         wire: MomentumWire | None = None,
     ) -> None:
-        _refuse_numbers(lr, betas, eps, weight_decay)
+        refuse_numbers(lr, betas, eps, weight_decay)
         self.schedule = schedule
         self.steps = 0
         self.refreshes = 0  # of the variance
@@ -114,8 +114,8 @@ class ZeroOneAdam(CompressedOptimizer):
     def refuse(self, owner: FlatOwner) -> None:
         if owner.stage > 0 and self.schedule.local_step_clipper > 1:
             raise ValueError(
-                f"local steps need all parameters and states on every rank, and stage {owner.stage} cuts them: "
-                "use stage 0, or local_step_clipper=1 for the refreshes of the variance alone"
+                f"local steps need all parameters and states on every rank, and stage {owner.stage} cuts "
+                "them: use stage 0, or local_step_clipper=1 for the refreshes of the variance alone"
             )
 
     def before_sending_(self, unit: FlatUnit, value: Tensor, *, again: bool) -> None:
@@ -138,7 +138,7 @@ class ZeroOneAdam(CompressedOptimizer):
         if not self.synced:
             raise RuntimeError(
                 f"ranks have stepped alone for {self._alone} steps and hold different parameters: save when "
-                f"`optimizer.synced`, which is after every {self.schedule.local_interval(self.steps + 1)} steps now"
+                f"`optimizer.synced`, every {self.schedule.local_interval(self.steps + 1)} steps now"
             )
         return {"steps": self.steps, "refreshes": self.refreshes, "next_refresh": self._next_refresh}
 
@@ -230,11 +230,3 @@ class ZeroOneAdam(CompressedOptimizer):
 def _kept(group: Mapping[str, Any]) -> float:
     """The share of a parameter that a step's decoupled decay leaves."""
     return 1.0 - float(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-
-
-def _refuse_numbers(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if not value >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {value}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be in [0, 1), got {betas}")
