@@ -9,12 +9,21 @@ __version__ = "0.1.0"
 _HOME: dict[str, str] = {
     "ErrorRows": "ds_comm.error_feedback",
     "LambCoefficients": "ds_comm.onebit_lamb",
+    "Fp8": "ds_comm.block_codecs",
+    "Int4": "ds_comm.block_codecs",
+    "Int8": "ds_comm.block_codecs",
+    "NotFiniteError": "ds_comm.wire_rows",
+    "OneBit": "ds_comm.onebit_codec",
     "MomentumWire": "ds_comm.signs_wire",
     "OnebitAdam": "ds_comm.onebit_adam",
     "OnebitLamb": "ds_comm.onebit_lamb",
     "VarianceTest": "ds_comm.freeze",
     "ZeroOneAdam": "ds_comm.zero_one_adam",
     "ZeroOneSchedule": "ds_comm.zero_one_adam",
+    "bus_factor": "ds_comm.bandwidth",
+    "CommLog": "ds_comm.log",
+    "CommRow": "ds_comm.log_rows",
+    "CommSummary": "ds_comm.log_rows",
 }
 
 __all__ = ["__version__", *_HOME]

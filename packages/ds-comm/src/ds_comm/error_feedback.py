@@ -1,4 +1,4 @@
-"""What rounding has lost and a rank still owes, unit by unit: part of checkpoints, and cut anew with the world.
+"""What rounding has lost and a rank still owes, unit by unit: saved, and cut anew with the world.
 
 The interface, for whoever keeps errors of its own (a compressed optimizer's workers, for instance):
 
@@ -37,8 +37,8 @@ class ErrorRows:
     """One error per unit and rank: [numel] fp32, of the rank's whole contribution.
 
     Kept in fp32, whatever the gradients' dtype: what is sent adds up over steps to what was given only as far
-    as the error is kept exactly. Rounded to bf16 it would lose up to 2^-9 of itself in every step, and where a
-    gradient stays, in one direction: the sum would drift, which is what errors are kept against.
+    as the error is kept exactly. Rounded to bf16 it would lose up to 2^-9 of itself in every step, and where
+    a gradient stays, in one direction: the sum would drift, which is what errors are kept against.
 
     A checkpoint holds `<name>/<parameter>` of shape [world, *shape], a row for each rank of `everyone`. At
     the same world every rank gets its row back, bit for bit. At another one every rank gets the mean of the
