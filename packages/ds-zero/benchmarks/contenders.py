@@ -179,9 +179,15 @@ def no_communication(model: nn.Module, setting: Setting) -> Step:
 
 @contender
 def ddp(model: nn.Module, setting: Setting) -> Step:
+    return ddp_with(model, setting, lambda wrapped: None)
+
+
+def ddp_with(model: nn.Module, setting: Setting, register: Callable[[Any], object]) -> Step:
+    """DDP; `register(wrapped)` may give it a communication hook."""
     from torch.nn.parallel import DistributedDataParallel
 
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    register(wrapped)
     return loop(
         wrapped,
         adamw(model.parameters()),

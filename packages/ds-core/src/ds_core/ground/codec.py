@@ -27,14 +27,34 @@ class CastCodec:
     def wire_bytes(self, numel: int) -> int:
         return numel * self.dtype.itemsize
 
+    def error_bound(self, src: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[..., n] fp64: how far each decoded value may be from `src`; `dtype`: what it is decoded into."""
+        bound, size = torch.zeros_like(src, dtype=torch.float64), src.double().abs()
+        for to in (self.dtype, dtype or src.dtype):
+            info = torch.finfo(to)
+            bound += ((size + bound) * (info.eps / 2)).clamp_min(info.smallest_normal * info.eps / 2)
+        return bound if {self.dtype, dtype or src.dtype} != {src.dtype} else bound.zero_()
+
     def encode(self, src: Tensor, wire: Tensor) -> None:
         """[chunks, n] -> [chunks, n * itemsize] uint8."""
-        wire.view(self.dtype).copy_(src)
+        if not wire.numel():
+            return
+        if self._fits(wire):
+            wire.view(self.dtype).copy_(src)
+        else:
+            wire.copy_(src.to(self.dtype).contiguous().view(torch.uint8))
+
+    def _fits(self, wire: Tensor) -> bool:
+        """Can these bytes be seen as the wire's dtype where they are?"""
+        places = (wire.storage_offset(), wire.stride(0))
+        return wire.stride(1) == 1 and not any(place % self.dtype.itemsize for place in places)
 
     def decode(self, wire: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
-        values = wire.view(self.dtype)
+        if not wire.numel():
+            return
+        values = (wire if self._fits(wire) else wire.new_empty(wire.shape).copy_(wire)).view(self.dtype)
         if accumulate:
-            out.add_(values.to(out.dtype))
+            out.add_(values.to(out.dtype) if out.dtype == torch.float32 else values)
         else:
             out.copy_(values)
 
