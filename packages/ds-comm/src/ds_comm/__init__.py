@@ -6,7 +6,21 @@ from typing import Any
 __version__ = "0.1.0"
 
 # public name -> module that defines it
-_HOME: dict[str, str] = {}
+_HOME: dict[str, str] = {
+    "ErrorRows": "ds_comm.error_feedback",
+    "Fp8": "ds_comm.block_codecs",
+    "Int4": "ds_comm.block_codecs",
+    "Int8": "ds_comm.block_codecs",
+    "NotFiniteError": "ds_comm.wire_rows",
+    "OneBit": "ds_comm.onebit_codec",
+    "MomentumWire": "ds_comm.signs_wire",
+    "OnebitAdam": "ds_comm.onebit_adam",
+    "VarianceTest": "ds_comm.freeze",
+    "bus_factor": "ds_comm.bandwidth",
+    "CommLog": "ds_comm.log",
+    "CommRow": "ds_comm.log_rows",
+    "CommSummary": "ds_comm.log_rows",
+}
 
 __all__ = ["__version__", *_HOME]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ds_core.ground.flight import Flight, Lane
+from ds_core.ground.flight import Lane
+from ds_core.ground.listener import Call, Coded, Departure, Listener
 from ds_core.ground.routes import Routes, native_all_gather, native_reduce_scatter, works_of
 from ds_core.ground.ticket import Ticket, Waitable
 
@@ -20,19 +22,46 @@ _SMALL_BYTES = 1 << 12  # up to here every rank sends to every other: one hop, a
 _SMALL_WORLD = 8
 
 
+class _Here(threading.local):
+    """What the collectives that this thread issues now stand for."""
+
+    coded: Coded | None = None
+
+
 @dataclass
 class WireLog:
-    """Counts what was sent. Keys are (axis, op)."""
+    """Counts what was sent. Keys are (axis, op). A `listener` hears of every collective besides."""
 
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     elements: Counter[tuple[str, str]] = field(default_factory=Counter)
     sent_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    listener: Listener | None = None
+    here: _Here = field(default_factory=_Here)
 
     def record(self, axis: str, op: str, elements: int, sent_bytes: int) -> None:
         """`elements`: of the whole tensor, as the papers count; `sent_bytes`: what this rank hands out."""
         self.calls[axis, op] += 1
         self.elements[axis, op] += elements
         self.sent_bytes[axis, op] += sent_bytes
+
+    def depart(
+        self,
+        axis: str,
+        lane: Lane,
+        op: str,
+        tensor: Tensor,
+        *,
+        about: str,
+        elements: int,
+        sent_bytes: int,
+    ) -> Departure:
+        """Count a collective over `tensor` (whole, as it travels) and record it in its lane."""
+        self.record(axis, op, elements, sent_bytes)
+        flight = lane.record(op, tensor, about)
+        if self.listener is None:
+            return Departure(lane, flight)
+        call = Call(axis, lane, flight, tensor.device, tensor.nbytes, sent_bytes, self.here.coded)
+        return Departure(lane, flight, self.listener.begin(call))
 
     def bytes_by_axis(self) -> dict[str, int]:
         totals: Counter[str] = Counter()
@@ -41,8 +70,11 @@ class WireLog:
         return dict(totals)
 
     def clear(self) -> None:
+        """A step ends, or begins: counts are of one step."""
         for counter in (self.calls, self.elements, self.sent_bytes):
             counter.clear()
+        if self.listener is not None:
+            self.listener.end_step()
 
 
 def sum_chunks(out: Tensor, chunks: Iterable[Tensor], *, scale: float, accumulate: bool) -> None:
@@ -156,12 +188,12 @@ class TorchCommunicator:
     def all_gather(self, out: Tensor, shard: Tensor, *, about: str = "") -> Ticket:
         flight = self._record("all_gather", out, about, out.numel(), shard.nbytes * (self.world - 1))
         if self._native:
-            work = self.lane.start(flight, lambda: [native_all_gather(out, shard, self.group)])
+            work = flight.start(lambda: [native_all_gather(out, shard, self.group)])
             return Ticket([work], keepalive=(out, shard))
         mine = out.view(self.world, -1)[self.rank]
         if mine.data_ptr() != shard.data_ptr():
             mine.copy_(shard)
-        work = self.lane.start(flight, lambda: self._routes.all_gather(out, mine, flight.tag))
+        work = flight.start(lambda: self._routes.all_gather(out, mine, flight.tag))
         return Ticket([work], keepalive=(out, mine))
 
     def reduce_scatter(
@@ -173,14 +205,14 @@ class TorchCommunicator:
             wire = self.allocate(out.numel(), full.dtype)
             if full.dtype == torch.float16:  # the backend sums in fp16, which might not hold the sum
                 full, scale = full * scale, 1.0
-            work = self.lane.start(flight, lambda: [native_reduce_scatter(wire, full, self.group)])
+            work = flight.start(lambda: [native_reduce_scatter(wire, full, self.group)])
 
             def keep() -> None:
                 sum_chunks(out, [wire], scale=scale, accumulate=accumulate)
 
             return Ticket([work], keepalive=(full, wire), finish=keep)
         chunks: list[Tensor] = []
-        work = self.lane.start(flight, lambda: self._routes.all_to_all(full, flight.tag, chunks))
+        work = flight.start(lambda: self._routes.all_to_all(full, flight.tag, chunks))
 
         def finish() -> None:
             sum_chunks(out, chunks, scale=scale, accumulate=accumulate)
@@ -197,18 +229,16 @@ class TorchCommunicator:
         flight = self._record("all_reduce", tensor, about, 2 * tensor.numel(), sent)
         if small:
             return self._all_reduce_small(flight, tensor, op)
-        work = self.lane.start(
-            flight, lambda: works_of(dist.all_reduce(tensor, op=kinds[op], group=self.group, async_op=True))
+        work = flight.start(
+            lambda: works_of(dist.all_reduce(tensor, op=kinds[op], group=self.group, async_op=True))
         )
         return Ticket([work], keepalive=(tensor,))
 
-    def _all_reduce_small(self, flight: Flight, tensor: Tensor, op: str) -> Ticket:
+    def _all_reduce_small(self, flight: Departure, tensor: Tensor, op: str) -> Ticket:
         received = tensor.new_empty(self.world, tensor.numel())
         received[self.rank] = tensor.view(-1)
         parts = list(received)
-        work = self.lane.start(
-            flight, lambda: self._routes.exchange([parts[self.rank]] * self.world, parts, flight.tag)
-        )
+        work = flight.start(lambda: self._routes.exchange([parts[self.rank]] * self.world, parts, flight.tag))
 
         def finish() -> None:
             flat = tensor.view(-1)
@@ -222,7 +252,7 @@ class TorchCommunicator:
     def all_to_all(self, out: Tensor, src: Tensor, *, about: str = "") -> Ticket:
         sent = src.nbytes // self.world * (self.world - 1)
         flight = self._record("all_to_all", src, about, src.numel(), sent)
-        work = self.lane.start(flight, lambda: self._all_to_all(out, src, flight.tag))
+        work = flight.start(lambda: self._all_to_all(out, src, flight.tag))
         return Ticket([work], keepalive=(out, src))
 
     def _all_to_all(self, out: Tensor, src: Tensor, tag: int) -> list[Waitable]:
@@ -244,8 +274,9 @@ class TorchCommunicator:
                 return self._routes.send_from(root, tensor, flight.tag)
             return works_of(dist.broadcast(tensor, group_src=root, group=self.group, async_op=True))
 
-        return Ticket([self.lane.start(flight, issue)], keepalive=(tensor,))
+        return Ticket([flight.start(issue)], keepalive=(tensor,))
 
-    def _record(self, op: str, tensor: Tensor, about: str, elements: int, sent_bytes: int) -> Flight:
-        self.log.record(self.axis, op, elements, sent_bytes)
-        return self.lane.record(op, tensor, about)
+    def _record(self, op: str, tensor: Tensor, about: str, elements: int, sent_bytes: int) -> Departure:
+        return self.log.depart(
+            self.axis, self.lane, op, tensor, about=about, elements=elements, sent_bytes=sent_bytes
+        )

@@ -20,6 +20,7 @@ import torch.distributed.nn.functional  # keeps the world group for ever if it i
 from torch.distributed import ProcessGroup
 
 from ds_core.ground.accelerator import Accelerator
+from ds_core.ground.background import background_threads
 from ds_core.ground.collectives import LocalCommunicator, TorchCommunicator, WireLog
 from ds_core.ground.flight import Lane
 from ds_core.ground.ticket import Waitable
@@ -71,7 +72,8 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
                 timeout=timeout,
             )
         return True
-    dist.init_process_group(accelerator.comm_backend, timeout=timeout)
+    with background_threads():
+        dist.init_process_group(accelerator.comm_backend, timeout=timeout)
     return True
 
 
@@ -229,28 +231,89 @@ class Mesh:
             if self.size(axis) == 1:
                 self._communicators[key] = self.alone()
             else:
-                self._communicators[key] = self._create(axis, channel)
+                self._communicators[key] = self._create(axis, channel, self._rows(axis))
         return self._communicators[key]
 
     def alone(self) -> Communicator:
         """A group of this rank only."""
         return LocalCommunicator(self.accelerator.device)
 
-    def _create(self, axis: str, channel: str) -> TorchCommunicator:
+    def node_size(self, axis: str, given: int | None = None) -> int:
+        """How many ranks along `axis` share a node; ranks lie node after node.
+
+        `given`, else from DS_RANKS_PER_NODE, else dp_shard where "data" joins two axes, else from
+        LOCAL_WORLD_SIZE, which a launcher sets; without any of these all ranks are on one node.
+        Raises ValueError, on every rank alike, where the axis does not divide into nodes.
+        """
+        size, rows = self.size(axis), self._rows(axis)
+        if given is not None:
+            if given < 1 or size % given:
+                raise ValueError(
+                    f"node_size={given} does not divide the {size} ranks of axis {axis!r}: give one of "
+                    f"{', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}"
+                )
+            return given
+        name = next((n for n in ("DS_RANKS_PER_NODE", "LOCAL_WORLD_SIZE") if os.environ.get(n)), None)
+        joined = axis == "data" and self._degrees["dp_replicate"] > 1 and self._degrees["dp_shard"] > 1
+        if joined and name != "DS_RANKS_PER_NODE":
+            return self._degrees["dp_shard"]
+        text = os.environ[name] if name else str(self.world)
+        if not text.isdecimal() or int(text) == 0:
+            raise ValueError(f"{name}={text!r} must be the number of ranks on a node, such as 8")
+        nodes = [[rank // int(text) for rank in row] for row in rows]
+        inner = nodes[0].count(nodes[0][0])
+        if any(row != [row[at // inner * inner] for at in range(size)] for row in nodes) or any(
+            len(set(row)) * inner != size for row in nodes
+        ):
+            raise ValueError(
+                f"axis {axis!r} does not divide into nodes of equally many ranks: its {size} ranks {rows[0]} "
+                f"are on nodes {nodes[0]}, as {name}={text}; lay the mesh out node by node, or give node_size"
+            )
+        return inner
+
+    def hops(
+        self, axis: str, channel: str = "main", *, node_size: int | None = None
+    ) -> tuple[Communicator, Communicator]:
+        """The ranks of this rank's node along `axis`, and the ranks of its place in every node.
+
+        Rank r of the axis is place r % L of node r // L, with L as `node_size` says. The log counts them as
+        "<axis>/node" and "<axis>/across"; where all ranks are on one node, or each on its own, one of the
+        two is alone. Collective, as `communicator`.
+        """
+        size, inner = self.size(axis), self.node_size(axis, node_size)
+        parts = torch.tensor(self._rows(axis)).view(-1, size // inner, inner)
+        found = []
+        for name, rows in (("node", parts), ("across", parts.transpose(1, 2))):
+            key = (f"{axis}/{name}/{inner}", channel)
+            if key not in self._communicators:
+                groups = rows.reshape(-1, rows.shape[-1]).tolist()
+                alone = rows.shape[-1] == 1
+                made = self.alone() if alone else self._create(f"{axis}/{name}", channel, groups)
+                self._communicators[key] = made
+            found.append(self._communicators[key])
+        return found[0], found[1]
+
+    def _rows(self, axis: str) -> list[list[int]]:
+        """The ranks of the job that `axis` joins, row by row."""
+        dims = [list(self._degrees).index(part) for part in self._parts(axis)]
+        last = list(range(-len(dims), 0))
+        rows: list[list[int]] = self._grid.movedim(dims, last).reshape(-1, self.size(axis)).tolist()
+        return rows
+
+    def _create(self, axis: str, channel: str, rows: list[list[int]]) -> TorchCommunicator:
         _leave_at_exit()
         device = torch.device("cpu") if channel == "control" else self.accelerator.device
         backend = None
         if channel == "control" and dist.get_backend() not in ("gloo", "fake"):
             backend = "gloo"
-        dims = [list(self._degrees).index(part) for part in self._parts(axis)]
-        rows = self._grid.movedim(dims, list(range(-len(dims), 0))).reshape(-1, self.size(axis)).tolist()
         mine: list[ProcessGroup] = []
 
         def make() -> list[Waitable]:
             for ranks in rows:
                 timeout = timedelta(seconds=_PATIENCE * self.timeout_s)
                 name = f"{axis}-{channel}"
-                group = dist.new_group(ranks, backend=backend, timeout=timeout, group_desc=name)
+                with background_threads():  # See [Note: gloo's listener spins]
+                    group = dist.new_group(ranks, backend=backend, timeout=timeout, group_desc=name)
                 if dist.get_rank() in ranks:
                     mine.append(group)
             return []

@@ -1,0 +1,103 @@
+"""1-bit optimizers on real ranks at stages 0 to 2 against virtual workers in plain torch, bit for bit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ds_comm import MomentumWire, OnebitAdam
+from ds_core import ReplicatedOwner, ShardedOptimizer
+from ds_core.state.owner import FlatOwner
+from ds_core.testing.distributed import run_ranks
+from ds_core.testing.models import CASES
+from ds_zero import Zero
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from onebit_oracle import AdamOracle, Oracle
+
+BLOCK = 16
+HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
+
+
+def own(model: nn.Module, optimizer: Any, stage: int, dtype: str | None) -> FlatOwner:
+    """The model in several small units."""
+    if stage == 0:
+        return ReplicatedOwner(model, dtype=dtype, bucket_numel=1, reduce=optimizer.route)
+    settings = {"stage": stage, "dtype": dtype, "bucket_numel": 1, "cut": "flat"}
+    if not optimizer.elementwise:
+        settings["cut"] = "whole"
+    return Zero.model_validate(settings).shard(model, reduce=optimizer.route)
+
+
+def train(case: str, model: nn.Module, optimizer: Any, seeds: list[int]) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for seed in seeds:
+        losses = CASES[case].losses(model, CASES[case].rank_batch(seed, rank, world))
+        (torch.stack(losses).sum() / len(seeds)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def hold_equal(owner: FlatOwner, oracle: Oracle, sharded: ShardedOptimizer) -> None:
+    """Masters, momentum, variance and both errors, to the bit."""
+    for unit, wanted in zip(owner.trainable, oracle.units, strict=True):
+        used = wanted.used[unit.span]
+        assert torch.equal(unit.values()[used], wanted.values[unit.span][used]), unit.about
+    for piece in sharded.pieces:
+        wanted = oracle.units[owner.trainable.index(piece.unit)]
+        at = unit_slice(piece)
+        state = sharded.optimizer.state[piece.param]
+        assert torch.equal(state["exp_avg"].view(-1), wanted.m[at]), piece.fqn
+        assert torch.equal(state["exp_avg_sq"].view(-1), wanted.v[at]), piece.fqn
+    route: Any = owner.routes["reduce"]
+    saved = route.state_dict()
+    rank = owner.comm.rank
+    for wanted in oracle.units:
+        for name, _, start, end in wanted.slots:
+            if f"error/{name}" in saved:
+                assert torch.equal(saved[f"error/{name}"].local, wanted.worker[rank][start:end]), name
+                shard = saved.get(f"server/{name}")
+                if shard is not None:
+                    begin = start + shard.start
+                    assert torch.equal(shard.local, wanted.server[begin : begin + shard.local.numel()]), name
+
+
+def unit_slice(piece: Any) -> slice:
+    low, high = piece.overlap.local
+    start = piece.unit.span.start
+    return slice(start + low, start + high)
+
+
+def adam_equals(rank: int, world: int, case: str, stage: int, dtype: str | None, micro: int) -> int:
+    model = CASES[case].build()
+    optimizer = OnebitAdam(model.parameters(), freeze_step=2, wire=MomentumWire(block=BLOCK), **HYPER)
+    owner = own(model, optimizer, stage, dtype)
+    sharded = ShardedOptimizer(optimizer, owner)
+    oracle = AdamOracle(CASES[case], owner.trainable, world=world, stage=stage, block=BLOCK, freeze_step=2)
+    for step in range(6):
+        seeds = [100 * step + number for number in range(micro)]
+        train(case, model, optimizer, seeds)
+        oracle.step(seeds)
+        hold_equal(owner, oracle, sharded)
+    assert optimizer.frozen
+    return len(owner.trainable)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_onebit_adam_is_the_papers(stage: int, dtype: str | None, micro: int) -> None:
+    units = run_ranks(adam_equals, 2, case="mlp", stage=stage, dtype=dtype, micro=micro)
+    assert min(units) > 1
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 0), (3, 0), (3, 2), (4, 1)])
+def test_onebit_adam_at_other_worlds(world: int, stage: int) -> None:
+    run_ranks(adam_equals, world, case="odd", stage=stage, dtype=None, micro=1)
