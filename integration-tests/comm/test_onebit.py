@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ds_comm import MomentumWire, OnebitAdam
-from ds_core import ReplicatedOwner, ShardedOptimizer
+from ds_core import ReplicatedOwner, ShardedOptimizer, Topology
 from ds_core.state.owner import FlatOwner
 from ds_core.testing.distributed import run_ranks
 from ds_core.testing.models import CASES
-from ds_zero import Zero
+from ds_offload import TieredStore
+from ds_zero import Zero, full_tensor, shard
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -101,3 +102,69 @@ def test_onebit_adam_is_the_papers(stage: int, dtype: str | None, micro: int) ->
 @pytest.mark.parametrize(("world", "stage"), [(1, 0), (3, 0), (3, 2), (4, 1)])
 def test_onebit_adam_at_other_worlds(world: int, stage: int) -> None:
     run_ranks(adam_equals, world, case="odd", stage=stage, dtype=None, micro=1)
+
+
+def stage_three(world: int) -> None:
+    model = CASES["mlp"].build()
+    with pytest.raises(ValueError, match="use stage 0, 1 or 2"):
+        shard(model, OnebitAdam(model.parameters(), freeze_step=2), stage=3)
+
+
+def copies(world: int) -> None:
+    model = CASES["mlp"].build()
+    optimizer = OnebitAdam(model.parameters(), freeze_step=2)
+    with pytest.raises(ValueError, match=r"2 groups hold copies \(dp_replicate > 1\)"):
+        shard(model, optimizer, stage=1, mesh=Topology(dp_replicate=2, dp_shard=1).build())
+
+
+def other_store(world: int) -> None:
+    model = CASES["mlp"].build()
+    optimizer = OnebitAdam(model.parameters(), freeze_step=2)
+    with pytest.raises(ValueError, match="leave the store out"):
+        shard(model, optimizer, stage=2, store=TieredStore(moments="host"))
+
+
+@pytest.mark.parametrize("what", [stage_three, copies, other_store])
+def test_what_cannot_be_served_is_refused(what: Any) -> None:
+    run_ranks(what, 2)
+
+
+def joined_by_shard(world: int, stage: int) -> None:
+    model = CASES["mlp"].build()
+    optimizer = OnebitAdam(model.parameters(), freeze_step=1)
+    shard(model, optimizer, stage=stage)
+    for step in range(3):
+        train("mlp", model, optimizer, [step])
+    assert optimizer.frozen
+    assert optimizer.route.owner is not None
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_shard_joins_the_route_by_itself(stage: int) -> None:
+    run_ranks(joined_by_shard, 2, stage=stage)
+
+
+def odd_cases(world: int, stage: int) -> None:
+    """Tied, frozen and unused parameters, and one that gets a gradient on one rank only."""
+    for case in ("tied_blocks", "frozen", "unused_on_one_rank"):
+        model = CASES[case].build()
+        optimizer = OnebitAdam(
+            [p for p in model.parameters() if p.requires_grad], freeze_step=2, wire=MomentumWire(block=BLOCK)
+        )
+        owner = own(model, optimizer, stage, None)
+        ShardedOptimizer(optimizer, owner)
+        before = {name: full_tensor(p).clone() for name, p in model.named_parameters()}
+        for step in range(5):
+            train(case, model, optimizer, [step])
+        for name, param in model.named_parameters():
+            whole = full_tensor(param)
+            assert bool(torch.isfinite(whole).all()), (case, name)
+            assert param.requires_grad or torch.equal(whole, before[name])
+            theirs = [torch.empty_like(whole) for _ in range(world)]
+            dist.all_gather(theirs, whole.contiguous())
+            assert torch.equal(*theirs), (case, name)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_corners_of_models_train(stage: int) -> None:
+    run_ranks(odd_cases, 2, stage=stage)
