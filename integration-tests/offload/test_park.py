@@ -100,7 +100,7 @@ def test_nothing_is_under_way_when_it_parks(rank: int, stage: int) -> None:
     """Collectives start as late as they may: one that was not waited for would write to freed memory."""
     plain, parked = build(stage, torch.bfloat16, None), build(stage, torch.bfloat16, None)
     owner: Any = parked.owner
-    owner.reducer._comm = SlowCommunicator(owner.reducer._comm)
+    owner.reducer._wire._comm = SlowCommunicator(owner.reducer._wire._comm)
     owner.gatherer._comm = SlowCommunicator(owner.gatherer._comm)
     for seed in range(4):
         for engine in (plain, parked):

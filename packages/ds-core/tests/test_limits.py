@@ -80,7 +80,7 @@ def test_every_no_of_stage_zero_is_refused_when_joined() -> None:
     with pytest.raises(ValueError, match="meta does not go with stage 0: it shards nothing"):
         ReplicatedOwner(model)
     with pytest.raises(ValueError, match="gather codec does not go with stage 0: it gathers no parameters"):
-        ReplicatedOwner(nn.Linear(3, 3), lossy_gather=True)
+        ReplicatedOwner(nn.Linear(3, 3), gather=CastCodec(torch.bfloat16))
     for dtype in (None, "bfloat16"):
         model = nn.Linear(3, 3)
         optimizer = torch.optim.SGD(model.parameters())

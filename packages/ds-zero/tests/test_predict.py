@@ -69,7 +69,7 @@ class Watching:
     """Passes reductions on and notes how many bytes are under way at the worst moment."""
 
     def __init__(self, engine: Engine) -> None:
-        self.reducer, self.inner, self.most = engine.owner.reducer, engine.owner.reducer._comm, 0
+        self.reducer, self.inner, self.most = engine.owner.reducer, engine.owner.reducer._wire._comm, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -90,7 +90,7 @@ def test_buckets_on_their_way_are_exact(rank: int, stage: int, dtype: str) -> No
     shape = Shape.of(CASE.build(), bucket_numel=100)
     settings = Settings(ranks=2, stage=stage, dtype=dtype, **BUDGETS)  # type: ignore[arg-type]
     engine = build(stage, None if dtype == "float32" else dtype, **BUDGETS)
-    engine.owner.reducer._comm = watching = Watching(engine)  # type: ignore[assignment]
+    engine.owner.reducer._wire._comm = watching = Watching(engine)  # type: ignore[assignment]
     for seed in range(2):
         engine.backward(loss_of(engine, seed, rank))
         engine.step()

@@ -328,7 +328,7 @@ def test_evaluation_between_steps_changes_nothing(rank: int, stage: int) -> None
 def test_slow_collectives_change_nothing(stage: int) -> None:
     """A missing wait would use bytes that are not there yet."""
     model, optimizer, owner = build("mlp", stage)
-    owner.reducer._comm = SlowCommunicator(owner.reducer._comm, ms=3.0)
+    owner.reducer._wire._comm = SlowCommunicator(owner.reducer._wire._comm, ms=3.0)
     owner.gatherer._comm = SlowCommunicator(owner.gatherer._comm, ms=3.0)  # type: ignore[attr-defined]
     run_steps("mlp", model, optimizer, 2)
     assert_close_norm(whole_parameters(model), expected_after("mlp", 2), 1e-5)
@@ -356,7 +356,7 @@ def test_a_lossy_gather_rounds_what_is_computed_with_but_never_the_masters(stage
 def test_a_dropped_bucket_is_noticed(rank: int) -> None:
     """The planted bug that the comparison with the twin must turn red."""
     model, optimizer, owner = build("mlp", 2)
-    owner.reducer._comm = DroppingCommunicator(owner.reducer._comm, 1)
+    owner.reducer._wire._comm = DroppingCommunicator(owner.reducer._wire._comm, 1)
     run_steps("mlp", model, optimizer, 1)
     with pytest.raises(AssertionError, match=r"\|\|d\|\|"):
         assert_close_norm(whole_parameters(model), expected_after("mlp", 1), 1e-5)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ds_core.ground.codec import gather_coded
 from ds_core.ground.ticket import Ticket
 from ds_core.protocols import Codec, Communicator
+from ds_core.state.route import ParamRoute
 from ds_core.state.store import Away
 from ds_core.state.unit import FlatUnit, Whole
 
@@ -41,7 +42,7 @@ class Gatherer:
     def __init__(
         self,
         comm: Communicator,
-        codec: Codec | None,
+        codec: Codec | ParamRoute | None,
         *,
         node: Communicator | None = None,
         away: Away | None = None,
@@ -49,7 +50,8 @@ class Gatherer:
         self._comm = comm
         self._away = away
         self._fetching: list[_Fetching] = []  # shards on their way here, oldest first
-        self._codec = codec
+        self._route = codec if isinstance(codec, ParamRoute) else None
+        self._codec = None if isinstance(codec, ParamRoute) else codec
         self._node = node
         self._secondary: dict[int, Tensor] = {}  # unit -> its 1/node part of the present values
         self._kept: dict[int, int] = {}  # unit -> which values its second shard is of
@@ -97,11 +99,15 @@ class Gatherer:
 
     def _spread(self, unit: FlatUnit, shard: Tensor) -> Ticket:
         """From this rank's shard to the whole copy on every rank."""
-        codec, node = self._codec if unit.dtype.is_floating_point else None, self._node
-        if codec is not None and unit.keep_whole:
+        lossy, node = unit.dtype.is_floating_point, self._node
+        if lossy and unit.keep_whole and (self._codec is not None or self._route is not None):
             # The decoded values overwrite the buffer that the shard is a view of.
             shard = shard.clone()
-        ticket = gather_coded(self._comm, codec, unit.whole, shard, about=unit.about)
+        if lossy and self._route is not None:
+            ticket = self._route.gather(unit, shard)
+        else:
+            codec = self._codec if lossy else None
+            ticket = gather_coded(self._comm, codec, unit.whole, shard, about=unit.about)
         if node is None or unit.keep_whole:
             return ticket
         return Ticket([ticket], finish=partial(self._keep_secondary, unit, node, unit.edition))

@@ -18,6 +18,7 @@ from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner
 from ds_core.state.precision import Precision
 from ds_core.state.replan import finish
+from ds_core.state.route import GradientRoute, ParamRoute
 from ds_core.state.unit import FlatUnit, Whole
 from ds_core.state.units import UnitPlan, plan_units
 from ds_zero.deferred import shared_source
@@ -74,8 +75,8 @@ class ZeroOwner(FlatOwner):
         config: Settings,
         *,
         store: Store | None = None,
-        gather: Codec | None = None,
-        reduce: Codec | None = None,
+        gather: Codec | ParamRoute | None = None,
+        reduce: Codec | GradientRoute | None = None,
     ) -> None:
         self.config, self.stage = config, config.stage
         extra = {"persist": config.persist_numel, "second shard": config.secondary_shard}
@@ -85,7 +86,6 @@ class ZeroOwner(FlatOwner):
         _refuse_no_nodes(mesh, config)
         _refuse_too_large(model, mesh, config, store)
         self.lifetime: Lifetime = config.lifetime
-        self._gather_codec = gather
         self._freed_bytes = 0  # of units that were filled since freed memory was last handed back
 
         def keep_whole(plan: UnitPlan) -> bool:
@@ -103,7 +103,7 @@ class ZeroOwner(FlatOwner):
             reduce=reduce,
             overlap=config.overlap,
             keep_whole=keep_whole,
-            lossy_gather=gather is not None,
+            gather=gather,
             leaves=config.leaves,
             across="all" if config.secondary_shard else "shard",
         )
@@ -112,7 +112,7 @@ class ZeroOwner(FlatOwner):
         super()._connect()
         config = self.config
         node = self.mesh.communicator("dp_shard", "gather") if config.secondary_shard else None
-        self.gatherer = Gatherer(self.gather_comm, self._gather_codec, node=node, away=self.store.away)
+        self.gatherer = Gatherer(self.gather_comm, self.options.gather, node=node, away=self.store.away)
         prefetch = config.prefetch_numel if config.overlap else 0
         self.uses = UseHooks(self, prefetch_numel=prefetch, keep_numel=config.keep_numel)
 

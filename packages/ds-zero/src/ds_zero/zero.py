@@ -17,6 +17,7 @@ from ds_core.setup.config import Config
 from ds_core.state.hooks import dtype_of
 from ds_core.state.layout import Cut
 from ds_core.state.owner import FlatOwner, ReplicatedOwner
+from ds_core.state.route import GradientRoute, ParamRoute
 from ds_core.train.optim import ShardedOptimizer, cut_of_model
 from ds_zero.fill import Initializer, refuse_meta
 from ds_zero.owner import ZeroOwner
@@ -119,8 +120,8 @@ class Zero(Config):
         mesh: Mesh | None = None,
         *,
         store: Store | None = None,
-        gather: Codec | None = None,
-        reduce: Codec | None = None,
+        gather: Codec | ParamRoute | None = None,
+        reduce: Codec | GradientRoute | None = None,
     ) -> ZeroOwner:
         """Take over the model's parameters, in place. Collective over the mesh (None: all ranks)."""
         return ZeroOwner(model, mesh, self, store=store, gather=gather, reduce=reduce)
@@ -134,8 +135,8 @@ def shard(
     mesh: Mesh | None = None,
     dtype: torch.dtype | None = None,
     store: Store | None = None,
-    gather: Codec | None = None,
-    reduce: Codec | None = None,
+    gather: Codec | ParamRoute | None = None,
+    reduce: Codec | GradientRoute | None = None,
 ) -> tuple[nn.Module, Optimizer]:
     """Shard a model and its optimizer for a plain PyTorch loop; both come back as the objects they were.
 
@@ -143,8 +144,10 @@ def shard(
     `optimizer.step()`: the step is the boundary, there is no flag to set. `dtype=torch.bfloat16` makes
     parameters bf16 with fp32 masters. After `optimizer.step()` returns, whole parameters (stages 1, 2)
     are the new ones. Clip with `ds_zero.clip_grad_norm_(optimizer, max_norm)`. Works on one process too.
-    `stage=0` keeps everything whole on every rank. Collective.
+    `stage=0` keeps everything whole on every rank. An optimizer that reduces gradients in its own way (a
+    `route`, as 1-bit Adam has) is given them unless `reduce` says otherwise. Collective.
     """
+    reduce = reduce if reduce is not None else getattr(optimizer, "route", None)
     name = None if dtype is None else str(dtype).removeprefix("torch.")
     owner: FlatOwner
     if stage == 0:

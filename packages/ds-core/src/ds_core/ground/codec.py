@@ -101,3 +101,32 @@ def reduce_coded(
             torch.mul(total, scale, out=out)
 
     return Ticket([ticket], keepalive=(sent, received), finish=decode)
+
+
+def all_reduce_coded(
+    comm: Communicator, codec: Codec, out: Tensor, full: Tensor, *, scale: float, about: str = ""
+) -> Ticket:
+    """Every rank: [n] <- `scale` times the sum of everybody's [n] in `out`'s dtype, encoded on both ways.
+
+    Each rank sums one chunk of ceil(n / world) and sends the sum on, so rounding happens twice. All ranks end
+    with the same values.
+    """
+    n, each = full.numel(), -(-full.numel() // comm.world)
+    if comm.world == 1:
+        return comm.reduce_scatter(out, full, scale=scale, about=about)
+    if each * comm.world != n:
+        padded = comm.allocate(each * comm.world, full.dtype)
+        padded[:n].copy_(full)
+        padded[n:].zero_()
+        full = padded
+    mine = comm.allocate(each, out.dtype)
+    first = reduce_coded(comm, codec, mine, full, scale=scale, accumulate=False, about=about)
+
+    def spread() -> None:
+        first.wait()
+        sums = out if out.numel() == each * comm.world else comm.allocate(each * comm.world, out.dtype)
+        gather_coded(comm, codec, sums, mine, about=about).wait()
+        if sums is not out:
+            out.copy_(sums[:n])
+
+    return Ticket(keepalive=(full, mine), finish=spread)

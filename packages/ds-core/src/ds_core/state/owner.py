@@ -25,6 +25,7 @@ from ds_core.state.precision import Precision
 from ds_core.state.published import PublishedUnits
 from ds_core.state.reduce import GradReducer
 from ds_core.state.replan import Replanner
+from ds_core.state.route import GradientRoute, ParamRoute, Route
 from ds_core.state.saved import SavedUnits
 from ds_core.state.shard import ChangeGate
 from ds_core.state.store import DeviceStore, Store
@@ -97,7 +98,7 @@ class FlatOwner(PublishedUnits, SavedUnits, Parkable):
             cut=settings.cut,
             split=Split(settings.bucket_numel, tuple(settings.leaves)),
             keep_whole=settings.keep_whole,
-            master_apart=settings.lossy_gather or (away is not None and away.apart("master")),
+            master_apart=settings.gather is not None or (away is not None and away.apart("master")),
         )
         _refuse_owned(model)
         precision.refuse_unmatched(model)
@@ -122,6 +123,8 @@ class FlatOwner(PublishedUnits, SavedUnits, Parkable):
     def _connect(self) -> None:
         """Everything that follows from `units`: who is trainable, the reducer, the hooks, who owns what."""
         self.trainable = [unit for unit in self.units if unit.trainable]
+        for route in self.routes.values():
+            route.connect(self)
         self.reducer = GradReducer(
             self.trainable,
             self._groups,
@@ -170,6 +173,12 @@ class FlatOwner(PublishedUnits, SavedUnits, Parkable):
     def take_from_first(self, tensor: Tensor, about: str = "") -> None:
         """The contents of a tensor that every rank has become rank 0's. Collective over all data ranks."""
         self.everyone.broadcast(tensor, about=about).wait()
+
+    @property
+    def routes(self) -> dict[str, Route]:
+        """What carries gradients ("reduce") and parameters ("gather") where that is more than a codec."""
+        found = {"reduce": self.options.reduce, "gather": self.options.gather}
+        return {name: route for name, route in found.items() if isinstance(route, GradientRoute | ParamRoute)}
 
     # -- the root's forward (these two hooks outlive any change of units) ----------------------------------
 
@@ -245,16 +254,16 @@ class _Options:
         *,
         cut: Cut | frozenset[str] = "flat",
         bucket_numel: int = 1_000_000,
-        reduce: Codec | None = None,
+        reduce: Codec | GradientRoute | None = None,
+        gather: Codec | ParamRoute | None = None,
         overlap: bool = True,
         keep_whole: Callable[[UnitPlan], bool] = lambda plan: True,
-        lossy_gather: bool = False,
         across: Across = "shard",
         leaves: Sequence[str] = (),
     ) -> None:
         self.across, self.leaves = across, leaves
-        self.cut, self.bucket_numel, self.reduce = cut, bucket_numel, reduce
-        self.overlap, self.keep_whole, self.lossy_gather = overlap, keep_whole, lossy_gather
+        self.cut, self.bucket_numel, self.reduce, self.gather = cut, bucket_numel, reduce, gather
+        self.overlap, self.keep_whole = overlap, keep_whole
 
 
 class ReplicatedOwner(FlatOwner):
@@ -286,7 +295,7 @@ def _features(model: nn.Module, precision: Precision, options: _Options, mesh: M
         "meta": mesh.accelerator.device.type != "meta" and any(p.is_meta for _, p in params),
         "whole cut": options.cut != "flat",
         "reduce codec": options.reduce is not None,
-        "gather codec": options.lossy_gather,
+        "gather codec": options.gather is not None,
         "keep_fp32": bool(precision.keep_fp32),
         "leaves": bool(options.leaves) or any(getattr(m, LEAF_MARK, False) for m in model.modules()),
     }

@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ds_core.ground.codec import CastCodec, reduce_coded
 from ds_core.ground.flight import is_one_signature, signature
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec
+from ds_core.state.grad_wire import GradWire
 from ds_core.state.groups import DataGroups
+from ds_core.state.route import GradientRoute
 from ds_core.state.store import Away
 from ds_core.state.unit import FlatUnit
 
@@ -51,7 +52,7 @@ class GradReducer:
         *,
         sharded: bool,
         whole_grads: bool,
-        codec: Codec | None = None,
+        codec: Codec | GradientRoute | None = None,
         overlap: bool = True,
         away: Away | None = None,
     ) -> None:
@@ -62,9 +63,10 @@ class GradReducer:
         self.hold = False  # nothing is launched in rounds that begin while this is set
         self.in_round = False
         self.changed_elsewhere: Callable[[], object] = _unexpected  # another rank announced; raises
-        self._comm, self._control, self._replicas = groups.reduce, groups.control, groups.replicas
+        self._control, self._replicas = groups.control, groups.replicas
         self._lanes = groups.lanes  # in which ranks must have issued the same before gradients are used
-        self._sharded, self._whole_grads, self._codec, self._overlap = sharded, whole_grads, codec, overlap
+        self._sharded, self._whole_grads, self._overlap = sharded, whole_grads, overlap
+        self._wire = GradWire(groups, codec)
         self._away = away  # takes reduced gradients to where they live, when that is not here
         self._pending = [_Pending(None, [False] * len(u.params), [False] * len(u.params)) for u in self.units]
         self._in_flight: list[tuple[FlatUnit, Ticket]] = []
@@ -92,7 +94,8 @@ class GradReducer:
         for unit_pending in self._pending:
             unit_pending.taken = [False] * len(unit_pending.filled)
         guess = self._expected_rounds == self._rounds + 1 if self.last is None else self.last
-        self._launching = not self.hold and (not self._whole_grads or guess)
+        whole = self._whole_grads or self._wire.whole_grads
+        self._launching = not self.hold and (not whole or guess)
         self._ends_step = self._launching and guess
 
     def take(self, index: int, slot_index: int, grad: Tensor) -> bool:
@@ -142,8 +145,8 @@ class GradReducer:
         """In the wire's dtype if it leaves in this round, else in the dtype that gradients accumulate in."""
         dtype = unit.grad_dtype
         if self._launching and not self._unreduced:
-            dtype = self._codec.dtype if isinstance(self._codec, CastCodec) else unit.dtype
-        return self._comm.allocate(unit.layout.numel, dtype)
+            dtype = self._wire.dtype(unit)
+        return self._wire.allocate(unit.layout.numel, dtype)
 
     def _launch_ready(self) -> None:
         while self._cursor < len(self.order) and all(self._pending[self.order[self._cursor]].taken):
@@ -155,7 +158,7 @@ class GradReducer:
         bucket = self._complete(pending, unit)
         pending.bucket = None
         if not self._sharded:
-            ticket = self._all_reduce(unit, bucket)
+            ticket = self._reduce_whole(unit, bucket)
         else:
             if self._away is not None:  # what is there is that of earlier rounds
                 while any(flying is unit for flying, _ in self._in_flight):
@@ -171,15 +174,7 @@ class GradReducer:
                 )
             out = unit.gradient if room is None else room
             assert out is not None
-            ticket = reduce_coded(
-                self._comm,
-                self._codec,
-                out,
-                bucket,
-                scale=1.0 / (self._comm.world * self._replicas.world),
-                accumulate=accumulate,
-                about=unit.about,
-            )
+            ticket = self._wire.shard(unit, out, bucket, accumulate=accumulate)
             if room is not None and self._away is not None:
                 keep = partial(self._away.keep, unit, room, final=self._ends_step)
                 ticket = Ticket([ticket], keepalive=(room,), finish=keep)
@@ -202,31 +197,24 @@ class GradReducer:
                     bucket[slot.start : slot.end].zero_()
                 at = slot.end
             bucket[at:].zero_()
-        if self._codec is None and bucket.dtype != unit.dtype:
-            wire = self._comm.allocate(bucket.numel(), unit.dtype)
-            return wire.copy_(bucket)
-        return bucket
+        return self._wire.ready(unit, bucket)
 
-    def _all_reduce(self, unit: FlatUnit, bucket: Tensor) -> Ticket:
-        """Stage 0: every rank keeps the whole mean. Divided before the sum, which fp16 might not hold."""
-        if isinstance(self._codec, CastCodec) and bucket.dtype != self._codec.dtype:
-            bucket = bucket.to(self._codec.dtype)
-        if self._comm.world > 1:
-            bucket.mul_(1.0 / self._comm.world)
-
+    def _reduce_whole(self, unit: FlatUnit, bucket: Tensor) -> Ticket:
+        """Stage 0: every rank keeps the whole mean."""
+        mean, ticket = self._wire.whole(unit, bucket)
         final = self._ends_step
 
         def keep() -> None:
             room = self._away.room(unit) if self._away is not None else None
             if room is not None and self._away is not None:
-                total = room.copy_(bucket) if unit.gradient is None else room.add_(bucket)
+                total = room.copy_(mean) if unit.gradient is None else room.add_(mean)
                 self._away.keep(unit, total, final=final)
             elif unit.gradient is not None:
-                unit.gradient.add_(bucket)
+                unit.gradient.add_(mean)
             else:
-                unit.gradient = bucket.to(unit.grad_dtype)
+                unit.gradient = mean.to(unit.grad_dtype)
 
-        return Ticket([self._comm.all_reduce(bucket, about=unit.about)], keepalive=(bucket,), finish=keep)
+        return Ticket([ticket], keepalive=(bucket, mean), finish=keep)
 
     # -- at the step ---------------------------------------------------------------------------------------
 

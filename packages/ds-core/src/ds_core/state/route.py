@@ -14,8 +14,8 @@ from ds_core.state.unit import FlatUnit
 class Route(Saveable, Protocol):
     """What several hops, or memory of what rounding has lost, need besides a codec.
 
-    Its state (of `Saveable`) is part of the model's checkpoint, under "wire/"; names and shapes are the
-    route's own. A checkpoint without them leaves a route as it is when it was connected.
+    Its state (of `Saveable`) is training state: checkpoints hold it beside the optimizer's, under "wire/";
+    names and shapes are the route's own. From a checkpoint of a run without it a route gets no names.
     """
 
     def connect(self, owner: Any) -> None:
@@ -36,9 +36,7 @@ class GradientRoute(Route, Protocol):
         """Must gradients stay whole on every rank until the last micro batch of a step? Read each round."""
         ...
 
-    def reduce(
-        self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool
-    ) -> Ticket:
+    def reduce(self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool) -> Ticket:
         """[shard_numel] <- [numel]: this rank's part of `scale` times the sum over the ranks that cut `unit`.
 
         `full` holds zeros where nothing came and in the padding, and may be overwritten. With `accumulate`
@@ -55,8 +53,8 @@ class ParamRoute(Route, Protocol):
     def gather(self, unit: FlatUnit, shard: Tensor) -> Ticket:
         """`unit.whole` [numel] <- `shard` [shard_numel] of every rank that cuts the unit.
 
-        Where the unit keeps its whole copy, `unit.whole` holds the values of the last gather (the first
-        time: the exact ones), the same on every rank, and `shard` is memory of its own. Every rank ends with
-        the same values. Collective, in one order of units on every rank.
+        Where the unit keeps its whole copy, the other ranks' parts of `unit.whole` hold what the last gather
+        brought (the first time: the exact values), and this rank's own the new values; `shard` is memory of
+        its own. Every rank must end with the same values. Collective, in one order of units on every rank.
         """
         ...

@@ -15,6 +15,8 @@ from ds_core.state.shard import FlatShard, Json, SavedTensor
 from ds_core.train.elsewhere import Elsewhere
 from ds_core.train.holdings import Holdings, Piece
 
+_WIRE = "wire/"  # no parameter is called so: their names have no slash
+
 
 class SavedOptimizer:
     """What a sharded optimizer is to checkpoints: the `Saveable` part of it."""
@@ -47,7 +49,15 @@ class SavedOptimizer:
                 if shard is not None:
                     state[f"{piece.fqn}/{name}"] = shard
         state["groups"] = [self._options(group) for group in self.optimizer.param_groups]
-        return state
+        return state | self._routes_state()
+
+    def _routes_state(self) -> dict[str, Tensor | FlatShard | Json]:
+        """What the owner's routes remember: training state as moments are, and no weights."""
+        return {
+            f"{_WIRE}{kind}/{name}": value
+            for kind, route in self.owner.routes.items()
+            for name, value in route.state_dict().items()
+        }
 
     def _written(self, piece: Piece, name: str, value: Tensor) -> FlatShard | None:
         if value.numel() != piece.param.numel() or value.dim() == 0:
@@ -79,6 +89,8 @@ class SavedOptimizer:
         mine = {slot.fqn: slot.shape for unit in self.owner.trainable for slot in unit.layout.slots}
         by_param: dict[str, dict[str, SavedTensor]] = {}
         for full, info in saved.items():
+            if full.startswith(_WIRE):
+                continue
             fqn, _, name = full.rpartition("/")
             by_param.setdefault(fqn, {})[name] = info
         strangers = {fqn: () for fqn in by_param if fqn not in mine}
@@ -104,6 +116,9 @@ class SavedOptimizer:
                     shard = FlatShard(state[name].view(-1), info.shape, 0)
                 targets[f"{piece.fqn}/{name}"] = shard
             self.optimizer.state[piece.param] = state
+        for kind, route in self.owner.routes.items():
+            found = route.load_targets(_of_route(kind, saved))
+            targets |= {f"{_WIRE}{kind}/{name}": target for name, target in found.items()}
         return targets
 
     def _scalar_device(self, piece: Piece, name: str) -> torch.device:
@@ -129,3 +144,11 @@ class SavedOptimizer:
                     old.fill_(value)
                 else:
                     group[key] = tuple(value) if isinstance(old, tuple) else value
+        for kind, route in self.owner.routes.items():
+            route.load_state_dict(_of_route(kind, values))
+
+
+def _of_route(kind: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of one route, by its own names; none in a checkpoint of a run without it."""
+    prefix = f"{_WIRE}{kind}/"
+    return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
