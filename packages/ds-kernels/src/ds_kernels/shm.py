@@ -1,4 +1,4 @@
-"""Shared memory of the ranks of one host: the calls of kernels/shm, by address (ds_comm.shm is their user)."""
+"""Shared memory of the ranks of one host: the calls of kernels/shm, by address (for ds_comm.shm)."""
 
 from __future__ import annotations
 
@@ -80,6 +80,6 @@ def load_shm() -> ShmLibrary:
     return ShmLibrary()
 
 
-def addresses(places: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
+def addresses(places: Sequence[int]) -> ctypes.Array[ctypes.c_uint64]:
     """An array of pointers; keep it while its buffer is in use."""
-    return (ctypes.c_void_p * len(places))(*places)
+    return (ctypes.c_uint64 * len(places))(*places)
