@@ -39,14 +39,13 @@ def build(size: str) -> Any:
     return GPT(gpt_config(size, VOCAB, seq=SEQUENCE, checkpoint_activations=False))
 
 
-def ours(size: str, disk: str, **tiers: Any) -> Step:
+def ours(size: str, disk: str, *, stage: int = 3, **tiers: Any) -> Step:
     from ds_core.train.engine import Engine
     from ds_core.train.optim import ShardedOptimizer
     from ds_kernels import FusedAdamW
     from ds_offload import TieredStore
     from ds_zero.zero import Zero
 
-    stage = tiers.pop("stage", 3)
     model = build(size)
     store = TieredStore(nvme=disk, **tiers) if tiers else None
     owner = Zero(stage=stage, dtype="bfloat16").shard(model, store=store)
@@ -103,6 +102,9 @@ _ALL = {"params": "nvme", "grads": "nvme", "masters": "nvme", "moments": "nvme"}
 CONTENDERS: dict[str, Callable[[str, str], Step]] = {
     "in memory": lambda size, disk: ours(size, disk),
     "ours, host": lambda size, disk: ours(size, disk, masters="host", moments="host", grads="host"),
+    "ours 2, host": lambda size, disk: ours(
+        size, disk, stage=2, masters="host", moments="host", grads="host"
+    ),
     "ours, optimizer on disk": lambda size, disk: ours(
         size, disk, masters="nvme", moments="nvme", grads="host"
     ),

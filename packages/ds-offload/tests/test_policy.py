@@ -6,8 +6,12 @@ import itertools
 import random
 
 import pytest
+import torch
 
+from ds_core.setup.estimate import Count, Recipe, estimate
+from ds_core.state.store import Shares
 from ds_offload.policy import PAGE_NUMEL, Rounding, Split, Tiered, file_numel
+from ds_offload.store import TieredStore
 from ds_offload.zenflow import ZenFlow
 
 
@@ -118,3 +122,23 @@ def test_a_policy_keeps_shares_as_text() -> None:
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Tiered(**settings)  # type: ignore[arg-type]
+
+
+def test_the_estimate_knows_what_an_update_holds_beside() -> None:
+    """A delayed update has masters and gradients twice, speculation its buffers; both only on a CPU."""
+    tiers = {"masters": "host", "grads": "0.5 device / 0.5 host", "moments": "host"}
+    plain, late, early = (
+        TieredStore(**tiers, update=update, speculate_bytes=1 << 20)
+        for update in ("step", "delayed", "speculative")
+    )
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert plain.shares(cpu) == Shares(buffers=plain.shares(cpu).buffers)
+    assert late.shares(cpu) == Shares(0, -0.5, -1, 0, 0)
+    assert early.shares(cpu) == Shares(0, 0, 0, 0, 1 << 20)
+    assert late.shares(gpu) == plain.shares(gpu) == early.shares(gpu)
+    recipe = Recipe("bfloat16", "float32")
+    one, two = (
+        estimate(Count(1000), ranks=1, stage=3, recipe=recipe, shares=store.shares(cpu))
+        for store in (plain, late)
+    )
+    assert two.states - one.states == 1000 * (4 + 0.5 * 4)

@@ -9,10 +9,8 @@ parameter after a step, peak resident memory, and the machine's load.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -22,34 +20,6 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SEQUENCE = 256
-
-
-def cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system
-
-
-def status_bytes(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def live_tensor_bytes() -> int:
-    import torch
-
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (
-            torch.Tensor,
-            torch.nn.Parameter,
-        ):  # wrappers hold plain tensors, counted by themselves
-            storage = thing.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-    return sum(storages.values())
 
 
 def rank_main(args: argparse.Namespace) -> None:
@@ -57,7 +27,8 @@ def rank_main(args: argparse.Namespace) -> None:
     import torch
     import torch.distributed as dist
     from contenders import CONTENDERS, Absent, Setting
-    from gpt import SIZES, build
+    from gpt import build
+    from sample import cpu_seconds, live_tensor_bytes, micro_batches, status_bytes, tell, time_steps
 
     torch.set_num_threads(1)
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -72,38 +43,19 @@ def rank_main(args: argparse.Namespace) -> None:
     try:
         step = CONTENDERS[args.rank_of](model, Setting(world, args.accumulate, args.dtype == "bf16"))
     except Absent as reason:
-        print("@" + json.dumps({"absent": str(reason)}), flush=True)
+        tell({"absent": str(reason)})
         os._exit(0)
-    generator = torch.Generator().manual_seed(rank)
-
-    def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
-        ids = [
-            torch.randint(SIZES[args.size][2], (1, SEQUENCE + 1), generator=generator)
-            for _ in range(args.accumulate)
-        ]
-        return [(x[:, :-1], x[:, 1:].contiguous()) for x in ids]
-
-    walls, cpus, updates = [], [], []
-    for number in range(args.warmup + args.steps):
-        data = batches()
-        dist.barrier()
-        began, cpu = time.perf_counter(), cpu_seconds()
-        update = step(data)
-        dist.barrier()
-        if number >= args.warmup:
-            updates += [] if update is None else [update]
-            walls.append(time.perf_counter() - began)
-            cpus.append(cpu_seconds() - cpu)
+    clocks = {"walls": time.perf_counter, "cpus": cpu_seconds}
+    batches = micro_batches(args.size, args.accumulate, rank)
+    times = time_steps(step, batches, clocks, warmup=args.warmup, steps=args.steps)
     figures = {
-        "walls": walls,
-        "cpus": cpus,
-        "updates": updates,
+        **times,
         "numel": numel,
         "peak_rss": status_bytes("VmHWM"),
         "live_bytes": live_tensor_bytes(),
     }
     if rank == 0:
-        print("@" + json.dumps(figures), flush=True)
+        tell(figures)
     dist.barrier()
     os._exit(0)  # some peers hang in their own shutdown
 
@@ -116,6 +68,8 @@ def _has_deepspeed() -> bool:
 
 def sample(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """One pair of processes; what rank 0 printed, or why there is nothing."""
+    from sample import told
+
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -151,15 +105,16 @@ def sample(name: str, args: argparse.Namespace) -> dict[str, Any]:
             for other in ranks:
                 other.kill()
             return {"failed": f"no answer in {args.timeout} s"}
-    lines = [line for line in outputs[0][0].splitlines() if line.startswith("@")]
-    if not lines:
+    result = told(outputs[0][0].splitlines())
+    if result is None:
         errors = [line for line in outputs[0][1].splitlines() if line.strip()]
         return {"failed": errors[-1][:300] if errors else f"exit code {ranks[0].returncode}"}
-    result: dict[str, Any] = json.loads(lines[-1][1:])
     return result
 
 
 def summarise(name: str, samples: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    from sample import SEQUENCE
+
     walls = [wall for one in samples for wall in one["walls"]]
     cpus = [cpu for one in samples for cpu in one["cpus"]]
     updates = [update for one in samples for update in one["updates"]]
@@ -232,6 +187,7 @@ def report(
     rows: list[dict[str, Any]], skipped: dict[str, str], loads: list[float], args: argparse.Namespace
 ) -> None:
     import torch
+    from sample import machine
 
     bound = next((row for row in rows if row["contender"] == "no_communication"), None)
     print(f"{args.size} {args.dtype} accumulate {args.accumulate}, {args.world} ranks x 1 thread")
@@ -249,7 +205,7 @@ def report(
         )
     record = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, {processor()}",
+        "machine": machine(),
         "torch": torch.__version__,
         "size": args.size,
         "dtype": args.dtype,
@@ -267,16 +223,6 @@ def report(
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with args.out.open("a") as lines:
             lines.write(json.dumps(record) + "\n")
-
-
-def processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        return "unknown processor"
-    return "unknown processor"
 
 
 if __name__ == "__main__":

@@ -157,10 +157,18 @@ class TieredStore(UpdatingStore, KeptGradients, PackingStore):
     # -- away ----------------------------------------------------------------------------------------------
 
     def shares(self, device: torch.device) -> Shares:
-        """What leaves the memory of a device; of a CPU, whose memory is the host's, only what is on disk."""
-        gone = {kind: s.nvme if device.type == "cpu" else s.away for kind, s in self.splits.items()}
+        """What leaves the memory of a device; of a CPU, whose memory is the host's, only what is on disk.
+
+        A share below 0 is held twice: a delayed update writes beside what is computed with meanwhile.
+        """
+        on_host = device.type == "cpu"
+        gone = {kind: s.nvme if on_host else s.away for kind, s in self.splits.items()}
         policy, per_element = self.policy, 18  # master, gradient and two moments in fp32, a shard in bf16
         buffers = policy.depth * policy.chunk_numel * per_element if any(gone.values()) else 0
+        if on_host and policy.update == "delayed":
+            gone |= {kind: s.nvme - s.host for kind, s in self.splits.items() if kind != "moment"}
+        elif on_host and policy.update == "speculative":
+            buffers += policy.speculate_bytes
         if self.volume is not None:
             buffers += policy.pending_bytes
         grads = min(gone["grad"], self.splits["master"].away)  # it stays where its unit is updated

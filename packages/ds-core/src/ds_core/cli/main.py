@@ -21,6 +21,7 @@ _COMMANDS = {
 # What other packages add through entry point group `ds.command`: name -> (package, one line of help). The
 # line stands here so that the list of commands imports none of them; a test of the package compares it.
 _ELSEWHERE = {
+    "comm": ("ds-comm", "measure the collectives between ranks"),
     "io": ("ds-offload", "measure a disk, and find the best settings for it"),
 }
 _USER_ERROR = 2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_core.ground.listener import Coding
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec, Communicator
 
@@ -77,11 +78,15 @@ def gather_coded(
     width = codec.wire_bytes(shard.numel())
     mine = comm.allocate(width, torch.uint8)
     wire = comm.allocate(width * comm.world, torch.uint8)
-    codec.encode(shard.view(1, -1), mine.view(1, -1))
-    ticket = comm.all_gather(wire, mine, about=about)
+    coding = Coding(comm, codec, out.nbytes)
+    with coding.encoding():
+        codec.encode(shard.view(1, -1), mine.view(1, -1))
+    with coding.sending():
+        ticket = comm.all_gather(wire, mine, about=about)
 
     def decode() -> None:
-        codec.decode(wire.view(comm.world, -1), out.view(comm.world, -1))
+        with coding.decoding():
+            codec.decode(wire.view(comm.world, -1), out.view(comm.world, -1))
 
     return Ticket([ticket], keepalive=(mine, wire), finish=decode)
 
@@ -102,19 +107,25 @@ def reduce_coded(
     """
     if codec is None or comm.world == 1:
         return comm.reduce_scatter(out, full, scale=scale, accumulate=accumulate, about=about)
+    coding = Coding(comm, codec, full.nbytes)
     if isinstance(codec, CastCodec):
-        wire = full if full.dtype == codec.dtype else full.to(codec.dtype)
-        return comm.reduce_scatter(out, wire, scale=scale, accumulate=accumulate, about=about)
+        with coding.encoding():
+            wire = full if full.dtype == codec.dtype else full.to(codec.dtype)
+        with coding.sending():
+            return comm.reduce_scatter(out, wire, scale=scale, accumulate=accumulate, about=about)
     width = codec.wire_bytes(out.numel())
     sent = comm.allocate(width * comm.world, torch.uint8)
     received = comm.allocate(width * comm.world, torch.uint8)
-    codec.encode(full.view(comm.world, -1), sent.view(comm.world, -1))
-    ticket = comm.all_to_all(received, sent, about=about)
+    with coding.encoding():
+        codec.encode(full.view(comm.world, -1), sent.view(comm.world, -1))
+    with coding.sending():
+        ticket = comm.all_to_all(received, sent, about=about)
 
     def decode() -> None:
         total = torch.zeros_like(out)
-        for chunk in received.view(comm.world, -1):
-            codec.decode(chunk.view(1, -1), total.view(1, -1), accumulate=True)
+        with coding.decoding():
+            for chunk in received.view(comm.world, -1):
+                codec.decode(chunk.view(1, -1), total.view(1, -1), accumulate=True)
         if accumulate:
             out.add_(total, alpha=scale)
         else:

@@ -20,6 +20,7 @@ import torch.distributed.nn.functional  # keeps the world group for ever if it i
 from torch.distributed import ProcessGroup
 
 from ds_core.ground.accelerator import Accelerator
+from ds_core.ground.background import background_threads
 from ds_core.ground.collectives import LocalCommunicator, TorchCommunicator, WireLog
 from ds_core.ground.flight import Lane
 from ds_core.ground.ticket import Waitable
@@ -71,7 +72,8 @@ def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float
                 timeout=timeout,
             )
         return True
-    dist.init_process_group(accelerator.comm_backend, timeout=timeout)
+    with background_threads():
+        dist.init_process_group(accelerator.comm_backend, timeout=timeout)
     return True
 
 
@@ -310,16 +312,20 @@ class Mesh:
             for ranks in rows:
                 timeout = timedelta(seconds=_PATIENCE * self.timeout_s)
                 name = f"{axis}-{channel}"
-                group = dist.new_group(ranks, backend=backend, timeout=timeout, group_desc=name)
+                with background_threads():  # See [Note: gloo's listener spins]
+                    group = dist.new_group(ranks, backend=backend, timeout=timeout, group_desc=name)
                 if dist.get_rank() in ranks:
                     mine.append(group)
             return []
 
         making = lane_of("new groups", timeout_s=self.timeout_s)
-        making.start(making.record("new_group", self._grid, f"{axis}/{channel}"), make)
+        flight = making.record("new_group", self._grid, f"{axis}/{channel}")
+        making.start(flight, make)
         watch = _watch(self.timeout_s)
         lane = watch.lane(f"{axis}/{channel}", mine[0]) if watch is not None else None
         communicator = TorchCommunicator(mine[0], device, log=self.log, axis=axis, lane=lane)
+        if watch is not None and device.type == "cpu":
+            making.start(flight, lambda: communicator.connect(_PATIENCE * self.timeout_s))
         _OPEN.add(communicator)
         return communicator
 

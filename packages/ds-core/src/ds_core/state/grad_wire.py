@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
 from ds_core.ground.codec import CastCodec, all_reduce_coded, reduce_coded
+from ds_core.ground.listener import Coding
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec
 from ds_core.state.groups import DataGroups
@@ -45,9 +48,19 @@ class GradWire:
         """[shard_numel] <- [numel]: this rank's part."""
         if self._route is not None:
             return self._route.reduce(unit, out, bucket, scale=self._scale, accumulate=accumulate)
-        return reduce_coded(
-            self._comm, self._codec, out, bucket, scale=self._scale, accumulate=accumulate, about=unit.about
-        )
+        with self._standing_for(unit):
+            return reduce_coded(
+                *(self._comm, self._codec, out, bucket),
+                scale=self._scale,
+                accumulate=accumulate,
+                about=unit.about,
+            )
+
+    def _standing_for(self, unit: FlatUnit) -> AbstractContextManager[None]:
+        """A cast's bucket is filled in the wire's dtype: without a codec it would travel in the unit's."""
+        if not isinstance(self._codec, CastCodec):
+            return nullcontext()
+        return Coding(self._comm, self._codec, unit.layout.numel * unit.dtype.itemsize).sending()
 
     def whole(self, unit: FlatUnit, bucket: Tensor) -> tuple[Tensor, Ticket]:
         """Where the mean [numel] will be on every rank, and when. The bucket may be overwritten."""
@@ -56,7 +69,8 @@ class GradWire:
                 bucket = bucket.to(self._codec.dtype)
             if self._comm.world > 1:  # divided before the sum, which fp16 might not hold
                 bucket.mul_(self._scale)
-            return bucket, self._comm.all_reduce(bucket, about=unit.about)
+            with self._standing_for(unit):
+                return bucket, self._comm.all_reduce(bucket, about=unit.about)
         mean = self._comm.allocate(bucket.numel(), unit.grad_dtype)
         if self._route is not None:
             return mean, self._route.reduce(unit, mean, bucket, scale=self._scale, accumulate=False)

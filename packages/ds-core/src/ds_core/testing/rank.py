@@ -104,6 +104,7 @@ def _call(call: Mapping[str, Any]) -> Any:
     import torch
     import torch.distributed as dist
 
+    from ds_core.ground.background import background_threads
     from ds_core.ground.mesh import leave_distributed
 
     rank, world = call["rank"], call["world"]
@@ -127,13 +128,14 @@ def _call(call: Mapping[str, Any]) -> Any:
     wanted = inspect.signature(fn).parameters
     kwargs.update({k: v for k, v in {"rank": rank, "world": world}.items() if k in wanted})
     store = dist.TCPStore("127.0.0.1", call["port"], is_master=False)  # type: ignore[attr-defined]
-    dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(call["folder"], store),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=call["timeout"] + _SELF_DESTRUCT_S),
-    )
+    with background_threads():
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore(call["folder"], store),  # type: ignore[attr-defined]
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=call["timeout"] + _SELF_DESTRUCT_S),
+        )
     dist.barrier()  # a rank that leaves at once must not break a connection that another is still making
     value = fn(**kwargs)
     if dist.is_initialized():  # a test may have taken it down itself

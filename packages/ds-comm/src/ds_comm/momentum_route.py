@@ -1,0 +1,450 @@
+"""Momenta in place of gradients, one bit each: two hops, and what either rounding lost is sent later."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ds_comm.agreement import refuse_disagreement
+from ds_comm.error_feedback import ErrorRows
+from ds_comm.masks import Masks
+from ds_comm.server_errors import ServerErrors
+from ds_comm.signs_wire import MomentumWire, SignRows, plan_chunks
+from ds_core.ground.codec import reduce_coded
+from ds_core.ground.ticket import Ticket
+from ds_core.state.layout import BucketLayout
+from ds_core.state.owner import FlatOwner
+from ds_core.state.shard import FlatShard, Json, SavedTensor
+from ds_core.state.unit import FlatUnit
+from ds_core.train.holdings import Piece
+from ds_core.train.nonfinite import NonFiniteError
+from ds_core.train.optim import attached, optimizers_of
+
+_COUNTERS = "counters"
+
+
+class Mode(enum.Enum):
+    """What the gradients of the step under way become."""
+
+    PLAIN = "their mean, as ever"
+    SIGNS = "the mean of all ranks' momenta, as signs and scales"
+    LOCAL = "this rank's own momentum: nothing travels"
+
+
+class Compressing(Protocol):
+    """What the route asks of its optimizer."""
+
+    param_groups: list[dict[str, Any]]
+
+    @property
+    def mode(self) -> Mode:
+        """Of the step under way: the same on every rank."""
+        ...
+
+    def settings(self) -> Mapping[str, Json]:
+        """What ranks must agree on."""
+        ...
+
+    def refuse(self, owner: FlatOwner) -> None:
+        """Raises ValueError for an owner that it cannot serve."""
+        ...
+
+    def momentum(self, piece: Piece) -> Tensor:
+        """exp_avg of a piece, fp32, zeros at first."""
+        ...
+
+    def receive_(self, piece: Piece, momentum: Tensor, *, again: bool) -> None:
+        """The piece's new momentum, flat; `again`: what is to be added to it."""
+        ...
+
+    def before_sending_(self, unit: FlatUnit, value: Tensor, *, again: bool) -> None:
+        """This rank's momentum [numel and more] becomes what is sent."""
+        ...
+
+    def after_receiving_(self, unit: FlatUnit, value: Tensor, begin: int) -> None:
+        """What was sent becomes momentum; `value` holds elements of the unit from `begin` on."""
+        ...
+
+    def counters(self) -> Json: ...
+    def load_counters(self, values: Json) -> None: ...
+
+
+class MomentumRoute:
+    """The GradientRoute of the 1-bit optimizers.
+
+    In mode SIGNS every rank forms beta1 * m + (1 - beta1) * its own gradient of the whole step, adds its
+    error, and keeps signs and scales; each rank sums one chunk over all ranks, adds the chunk's error, keeps
+    signs and scales again and hands them to everybody: what the optimizer sees as gradient is the new m.
+    Collective: one all-to-all and one all-gather per unit and step, in the order in which units are reduced.
+    Bytes a rank sends: 2 (world - 1) / world * (numel / 8 + 4 for each block), where an all-reduce of fp32
+    takes 2 (world - 1) / world * 4 numel.
+    Memory: an error [numel] fp32 and one [numel / world], from the first such step on; at stages 1 and 2 all
+    of m as it was on the wire, numel / 8 bytes and scales.
+    A gradient that is not finite is not sent: NaN scales tell every rank, and all raise NonFiniteError in
+    the same step. Errors of that unit are zero from then on; its m and every weight are as they were.
+    """
+
+    def __init__(self, optimizer: Compressing, wire: MomentumWire) -> None:
+        self.owner: FlatOwner | None = None
+        self._optimizer, self._wire = optimizer, wire
+        self._masks = Masks(wire.masks)
+        self._errors: ErrorRows | None = None  # nothing is lost, and nothing allocated, before signs travel
+        self._server: ServerErrors | None = None
+        self._layouts: dict[str, BucketLayout] = {}  # by the unit's key
+        self._received: dict[str, list[Tensor]] = {}  # m, as it came: the sum of these
+        self._flying: set[str] = set()
+        self._spoilt: list[str] = []  # parameters whose own gradients are not finite
+        self._groups = _Groups(optimizer)
+
+    # -- joining -------------------------------------------------------------------------------------------
+
+    def connect(self, owner: FlatOwner) -> None:
+        """Raises ValueError for an owner whose gradients cannot travel so. Collective."""
+        _refuse(owner)
+        self._optimizer.refuse(owner)
+        self._masks.connect(owner.trainable, owner.comm.world)
+        wire = self._wire
+        settings = {"block": wire.block, "norm": wire.norm, "masks": self._masks.digests()}
+        what = type(self._optimizer).__name__
+        refuse_disagreement(owner.control, {**self._optimizer.settings(), **settings}, what=what)
+        self.owner = owner
+        self._layouts = {unit.key: plan_chunks(unit.layout, owner.comm.world) for unit in owner.trainable}
+        self._received.clear()
+        self._flying.clear()
+        if self._errors is not None:  # units are cut anew
+            self._start()
+
+    def need(self) -> FlatOwner:
+        """The owner. Raises RuntimeError where gradients did not come along here."""
+        name = type(self._optimizer).__name__
+        if self.owner is None:
+            raise RuntimeError(
+                f"{name} was never joined to its model's gradients: pass it through ds_zero.shard(model, "
+                "optimizer, stage=...), or give reduce=optimizer.route to whoever owns the model"
+            )
+        mine: object = self._optimizer
+        others = [one for one in optimizers_of(self.owner) if one.optimizer is not mine]
+        if others:
+            raise RuntimeError(
+                f"{type(others[0].optimizer).__name__} steps on the same model as {name}, whose route "
+                "carries momenta and no gradients for others: give all parameters to one of them"
+            )
+        return self.owner
+
+    def _start(self) -> tuple[ErrorRows, ServerErrors]:
+        owner = self.owner
+        assert owner is not None
+        self._errors = self._errors or ErrorRows()
+        self._server = self._server or ServerErrors(owner.comm)
+        self._errors.connect(owner.trainable, owner.everyone, owner.changes)
+        self._server.connect(owner.trainable)
+        return self._errors, self._server
+
+    def pieces(self, unit: FlatUnit) -> Sequence[Piece]:
+        """What of the unit this rank updates."""
+        return self._groups.pieces(unit)
+
+    # -- the step ------------------------------------------------------------------------------------------
+
+    @property
+    def whole_grads(self) -> bool:
+        """Momenta are formed once in a step, from the gradient of all its micro batches."""
+        return self._optimizer.mode is not Mode.PLAIN
+
+    @torch.no_grad()
+    def reduce(self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool) -> Ticket:
+        """`scale` is 1 / world: what travels is a mean already. A second call in a step, for gradients that
+        came late, adds their share of the same momentum.
+        """
+        owner = self.need()
+        mode = self._optimizer.mode
+        if mode is Mode.PLAIN:
+            self._received.pop(unit.key, None)
+            return self._plain(unit, out, full, scale=scale, accumulate=accumulate)
+        again = accumulate
+        if not owner.sharded:  # there the reducer adds
+            again = unit.gradient is not None or unit.key in self._flying
+        errors, server = (self._errors, self._server) if self._errors and self._server else self._start()
+        owner.changes.open()
+        value = self._form(unit, full, again=again)
+        if mode is Mode.LOCAL:
+            if bool(torch.isfinite(value).all()):
+                self._keep(unit, out, value, again=again)
+            else:  # known to this rank alone until `refuse_spoilt`
+                self._spoilt.append(self._names(unit, value))
+                out.zero_()
+            return Ticket()
+        self._optimizer.before_sending_(unit, value, again=again)
+        comm, rows = owner.comm, SignRows.of(self._layouts[unit.key].shard_numel, self._wire)
+        sent = comm.allocate(comm.world * rows.width, torch.uint8)
+        received = comm.allocate(comm.world * rows.width, torch.uint8)
+        self._pack(unit, rows, value, errors, sent)
+        ticket = comm.all_to_all(received, sent, about=unit.about)
+        self._flying.add(unit.key)
+
+        @torch.no_grad()
+        def second_hop() -> None:
+            self._flying.discard(unit.key)
+            owner.changes.open()
+            error, mine = server.of(unit), comm.allocate(rows.width, torch.uint8)
+            mean = torch.empty(rows.each, device=unit.device)
+            rows.sum(received, mean, factor=1.0 / comm.world)
+            rows.pack_(mean, error, mine)
+            server.clean(unit)
+            self._masks.apply_(unit, error, comm.rank * rows.each)
+            everybody = comm.allocate(comm.world * rows.width, torch.uint8)
+            comm.all_gather(everybody, mine, about=unit.about).wait()
+            if not bool(torch.isfinite(rows.scales(everybody)).all()):
+                errors.of(unit).zero_()
+                error.zero_()
+                raise self._nonfinite(unit, value, sent, rows)
+            self._arrive(unit, out, everybody, rows, again=again)
+
+        return Ticket([ticket], keepalive=(value, sent, received), finish=second_hop)
+
+    def _plain(self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool) -> Ticket:
+        """As without a route."""
+        owner = self.need()
+        wire = full if full.dtype == unit.dtype else full.to(unit.dtype)
+        if owner.sharded:
+            return reduce_coded(
+                owner.comm, None, out, wire, scale=scale, accumulate=accumulate, about=unit.about
+            )
+        if owner.comm.world > 1:
+            wire.mul_(scale)
+        ticket = owner.comm.all_reduce(wire, about=unit.about)
+
+        def keep() -> None:
+            out.copy_(wire)
+
+        return Ticket([ticket], keepalive=(wire,), finish=keep)
+
+    def _form(self, unit: FlatUnit, full: Tensor, *, again: bool) -> Tensor:
+        """beta1 * m + (1 - beta1) * gradient, [chunks] fp32, zero where there is no parameter."""
+        layout = self._layouts[unit.key]
+        if full.dtype == torch.float32 and full.numel() == layout.numel:
+            value = full
+        else:
+            value = torch.zeros(layout.numel, device=unit.device)
+            value[: full.numel()].copy_(full)
+        momentum = None if again else self._whole(unit)
+        at = 0
+        for start, end, group in self._groups.runs(unit):
+            value[at:start].zero_()
+            part, beta = value[start:end], float(group["betas"][0])
+            if group["weight_decay"] and not group.get("decoupled_weight_decay", True) and not again:
+                part.add_(unit.whole[start:end].float().mul_(group["weight_decay"]))
+            part.mul_(1.0 - beta)
+            if momentum is not None:
+                part.add_(momentum[start:end].mul_(beta))
+            at = end
+        value[at:].zero_()
+        self._masks.apply_(unit, value, 0)
+        return value
+
+    def _whole(self, unit: FlatUnit) -> Tensor:
+        """m [chunks] fp32, to be overwritten: from what the last steps brought, or from all ranks' shards."""
+        owner, layout = self.need(), self._layouts[unit.key]
+        whole = torch.zeros(layout.numel, device=unit.device)
+        came = self._received.get(unit.key)
+        if came is not None:
+            rows = SignRows.of(layout.shard_numel, self._wire)
+            self._decode(unit, rows, came[0], whole, 0)
+            for more in came[1:]:
+                whole.add_(self._decode(unit, rows, more, torch.empty_like(whole), 0))
+            return whole
+        numel = unit.layout.shard_numel
+        shard = torch.zeros(numel, device=unit.device) if owner.sharded else whole
+        for piece in self._groups.pieces(unit):
+            shard[slice(*piece.overlap.local)].copy_(self._optimizer.momentum(piece).view(-1))
+        if owner.sharded:
+            owner.comm.all_gather(whole, shard, about=f"momentum of {unit.about}").wait()
+        return whole
+
+    def _pack(self, unit: FlatUnit, rows: SignRows, value: Tensor, errors: ErrorRows, wire: Tensor) -> None:
+        error = errors.of(unit)
+        if error.numel() == value.numel():
+            rows.pack_(value, error, wire)
+        else:  # nothing is cut, and chunks are not of one size
+            padded = torch.zeros_like(value)
+            padded[: error.numel()].copy_(error)
+            rows.pack_(value, padded, wire)
+            error.copy_(padded[: error.numel()])
+        errors.clean(unit)
+        self._masks.apply_(unit, error, 0)
+
+    def _decode(self, unit: FlatUnit, rows: SignRows, wire: Tensor, out: Tensor, begin: int) -> Tensor:
+        """What came, as momentum: out [rows * each] <- wire, of the unit's elements from `begin` on."""
+        rows.unpack(wire, out)
+        self._optimizer.after_receiving_(unit, out, begin)
+        self._masks.apply_(unit, out, begin)
+        return out
+
+    def _arrive(self, unit: FlatUnit, out: Tensor, wire: Tensor, rows: SignRows, *, again: bool) -> None:
+        owner = self.need()
+        if not owner.sharded:
+            whole = torch.empty(len(rows.scales(wire)) * rows.each, device=unit.device)
+            self._keep(unit, out, self._decode(unit, rows, wire, whole, 0), again=again)
+            return
+        before = self._received.get(unit.key, []) if again else []
+        if (
+            again and not before
+        ):  # m is nowhere but in the shards, and no longer what came: gathered when needed
+            self._received.pop(unit.key, None)
+        else:
+            self._received[unit.key] = [*before, wire]
+        at = owner.comm.rank
+        row = wire[at * rows.width : (at + 1) * rows.width]
+        mine = torch.empty(rows.each, device=unit.device)
+        self._keep(unit, out, self._decode(unit, rows, row, mine, at * rows.each), again=again)
+
+    def _keep(self, unit: FlatUnit, out: Tensor, momentum: Tensor, *, again: bool) -> None:
+        """The optimizer's state, and what it will see as gradient; at stage 0 the reducer adds to that."""
+        owner = self.need()
+        momentum = momentum[: out.numel()]
+        if again and owner.sharded:
+            out.add_(momentum)
+        else:
+            out.copy_(momentum)
+        for piece in self._groups.pieces(unit):
+            self._optimizer.receive_(piece, momentum[slice(*piece.overlap.local)], again=again)
+
+    def _nonfinite(self, unit: FlatUnit, value: Tensor, sent: Tensor, rows: SignRows) -> NonFiniteError:
+        mine = not bool(torch.isfinite(rows.scales(sent)).all())
+        return self._error(self._names(unit, value) if mine else "")
+
+    def refuse_spoilt(self) -> None:
+        """In mode LOCAL, before the step: raises NonFiniteError on every rank where one has such a gradient.
+
+        Collective.
+        """
+        owner, names = self.need(), ", ".join(self._spoilt)
+        self._spoilt.clear()
+        flag = torch.tensor([1.0 if names else 0.0])
+        owner.control.all_reduce(flag, op="max", about="whether momenta are finite").wait()
+        if flag.item():
+            raise self._error(names)
+
+    def _error(self, names: str) -> NonFiniteError:
+        what = f"this rank's gradient of {names} is not finite and was not sent"
+        if not names:
+            what = "another rank's gradient is not finite, and its momentum was not sent"
+        return NonFiniteError(
+            f"rank {self.need().everyone.rank}: {what}. No weight was changed; call optimizer.zero_grad() "
+            "before going on. Lower the learning rate, or look at this batch"
+        )
+
+    @staticmethod
+    def _names(unit: FlatUnit, value: Tensor) -> str:
+        slots = [s for s in unit.layout.slots if not bool(torch.isfinite(value[s.start : s.end]).all())]
+        return ", ".join(slot.fqn for slot in slots) or unit.about
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
+        """The counters, and once signs travel `error/<parameter>` [world, *shape] and `server/<parameter>`."""
+        owner = self.need()
+        owner.reducer.settle()  # a step whose momenta are on their way is in it as a whole
+        state: dict[str, Tensor | FlatShard | Json] = {_COUNTERS: self._optimizer.counters()}
+        if self._errors is not None and self._server is not None:
+            state |= self._errors.state_dict() | self._server.state_dict()
+        return state
+
+    def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
+        """Nothing from a run that has sent no signs yet, or of another optimizer."""
+        self._received.clear()
+        self._errors = self._server = None
+        if not saved:
+            return {}
+        errors, server = self._start()
+        found = errors.load_targets(saved)
+        return found | server.load_targets(saved)
+
+    def load_state_dict(self, values: Mapping[str, Json]) -> None:
+        """Another optimizer's checkpoint begins with a warm-up. Collective at another world size."""
+        self._optimizer.load_counters(values.get(_COUNTERS))
+        if self._errors is not None:
+            self._errors.load_state_dict(values)
+
+
+class _Groups:
+    """Whose settings hold where in a unit, looked up again when the optimizer's parameters are other ones."""
+
+    def __init__(self, optimizer: Compressing) -> None:
+        self._optimizer = optimizer
+        self._of: object = None
+        self._runs: dict[str, list[tuple[int, int, int]]] = {}
+        self._pieces: dict[str, list[Piece]] = {}
+
+    def runs(self, unit: FlatUnit) -> Sequence[tuple[int, int, dict[str, Any]]]:
+        """(first element, one past the last, group), in order."""
+        self._look()
+        groups = self._optimizer.param_groups
+        return [(start, end, groups[number]) for start, end, number in self._runs.get(unit.key, ())]
+
+    def pieces(self, unit: FlatUnit) -> Sequence[Piece]:
+        """What of the unit this rank updates."""
+        self._look()
+        return self._pieces.get(unit.key, ())
+
+    def _look(self) -> None:
+        sharded = attached(self._optimizer)  # type: ignore[arg-type]
+        held = sharded.held
+        if held.pieces is self._of:
+            return
+        self._of, self._pieces = held.pieces, {}
+        for piece in held.trained:
+            self._pieces.setdefault(piece.unit.key, []).append(piece)
+        found: dict[str, list[tuple[int, int, int]]] = {}
+        for number, params in enumerate(held.members):
+            for param in params:
+                unit, index = sharded.owner.place(param)
+                slot = unit.layout.slots[index]
+                if slot.numel:
+                    found.setdefault(unit.key, []).append((slot.start, slot.end, number))
+        self._runs = {key: _joined(sorted(runs)) for key, runs in found.items()}
+
+
+def _joined(runs: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Neighbours of one group as one run."""
+    found: list[tuple[int, int, int]] = []
+    for start, end, number in runs:
+        if found and found[-1][1:] == (start, number):
+            start = found.pop()[0]
+        found.append((start, end, number))
+    return found
+
+
+def _refuse(owner: FlatOwner) -> None:
+    """Raises ValueError, with the reason and what to change."""
+    if owner.stage > 2:
+        raise ValueError(
+            "compressed momenta need every rank to hold whole parameters; stage 3 cuts them, and its gathers "
+            "are most of what travels: use stage 0, 1 or 2"
+        )
+    if owner.replicas.world > 1:
+        raise ValueError(
+            f"compressed momenta are averaged over all ranks at once, and here {owner.replicas.world} groups "
+            "hold copies (dp_replicate > 1), which would sum momenta as if they were gradients: put all "
+            "ranks into dp_shard, or use stage 0"
+        )
+    if owner.store.away is not None:
+        raise ValueError(
+            "compressed momenta are written when they arrive, into states that this store keeps elsewhere: "
+            "leave the store out"
+        )
+    for unit in owner.trainable:
+        if unit.dtype == torch.float16:
+            raise ValueError(
+                f"{unit.layout.slots[0].fqn} is fp16, whose loss scale changes what a momentum is a mean of: "
+                "use dtype=torch.bfloat16, or fp32"
+            )
+        if unit.master_dtype != torch.float32:
+            raise ValueError(
+                f"{unit.layout.slots[0].fqn} has {unit.master_dtype} masters, and momenta need fp32 ones: "
+                "build the model in fp32, and give dtype=torch.bfloat16 to whoever shards it"
+            )
