@@ -108,6 +108,17 @@ class Oracle:
         for index, unit in enumerate(self.units):
             self.update(unit, [[micro[index] for micro in rank] for rank in grads])
 
+    def take_over(self, old: Oracle) -> None:
+        """Go on where an oracle of another world has stopped: every worker begins with the mean error."""
+        self.steps = old.steps
+        for mine, theirs in zip(self.units, old.units, strict=True):
+            mean = total(theirs.worker).div_(old.world)
+            for _, _, start, end in mine.slots:
+                for name in ("values", "m", "v", "server"):
+                    getattr(mine, name)[start:end] = getattr(theirs, name)[start:end]
+                for worker in mine.worker:
+                    worker[start:end] = mean[start:end]
+
     def update(self, unit: FlatOracle, grads: list[list[Tensor]]) -> None:
         """`grads`: [padded] per worker and micro batch."""
         raise NotImplementedError
@@ -182,3 +193,154 @@ class AdamOracle(Oracle):
         update[unit.v == 0] = 0
         unit.values *= 1 - self.lr * self.decay
         unit.values.add_(update, alpha=-self.lr / (1 - beta1**self.steps))
+
+
+class ZeroOneOracle(Oracle):
+    """Lu et al. 2022, algorithm 1, with bias corrections and AdamW's decay: every worker by itself."""
+
+    lr, betas, eps, decay = 1e-2, (0.9, 0.99), 1e-8, 0.1
+
+    def __init__(self, *args: object, freeze: int, kappa: int, scaler: int, clipper: int, **kwargs: object):
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.freeze, self.scaler, self.clipper = freeze, scaler, clipper
+        refreshes, at = [1], 0
+        while refreshes[-1] <= freeze:
+            refreshes.append(refreshes[-1] + 2 ** (at // kappa))
+            at += 1
+        self.refreshes = {step for step in refreshes if step <= freeze}
+        self.kinds: list[str] = []
+        self.alone = 0
+        self.x = [[u.values.clone() for u in self.units] for _ in range(self.world)]
+        self.ms = [[u.m.clone() for u in self.units] for _ in range(self.world)]
+        self.us = [[torch.zeros(u.padded) for u in self.units] for _ in range(self.world)]
+        self.length, self.kept, self.refreshed = 0.0, 1.0, 0
+
+    def values_of(self, rank: int) -> list[Tensor]:
+        return self.x[rank]
+
+    def step(self, seeds: Sequence[int]) -> None:
+        t = self.steps + 1
+        if t <= self.freeze:
+            kind = "plain" if t in self.refreshes else "signs"
+        else:
+            interval = min(self.clipper, 2 ** ((t - self.freeze - 1) // self.scaler))
+            kind = "signs" if self.alone + 1 >= interval else "local"
+        self.kinds.append(kind)
+        self.refreshed += kind == "plain"
+        super().step(seeds)
+        lr, beta1 = self.lr, self.betas[0]
+        if kind == "local":
+            self.alone += 1
+            self.length += lr / (1 - beta1**t)
+            self.kept *= 1 - lr * self.decay
+        else:
+            self.alone, self.length, self.kept = 0, 0.0, 1.0
+
+    def update(self, unit: FlatOracle, grads: list[list[Tensor]]) -> None:
+        at, (beta1, beta2), kind = self.units.index(unit), self.betas, self.kinds[-1]
+        gamma, keep = self.lr / (1 - beta1**self.steps), 1 - self.lr * self.decay
+        workers = range(self.world)
+        if kind == "plain":
+            grad = self.mean(unit, grads)
+            unit.m.lerp_(grad, 1 - beta1)
+            unit.v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            for rank in workers:
+                self.ms[rank][at] = unit.m.clone()
+        else:
+            for rank in workers:
+                mine = total(grads[rank]) * (1 - beta1) + beta1 * self.ms[rank][at]
+                self.ms[rank][at] = torch.where(unit.used, mine, 0.0)
+        variance = unit.v / (1 - beta2**self.refreshed)
+
+        def direction(momentum: Tensor) -> Tensor:
+            return torch.where(unit.v == 0, 0.0, momentum / (variance.sqrt() + self.eps))
+
+        if kind == "local":
+            for rank in workers:
+                self.us[rank][at].add_(self.ms[rank][at], alpha=gamma)
+                self.x[rank][at] = unit.values * (self.kept * keep) - direction(self.us[rank][at])
+            return
+        if kind == "signs":
+            sent = [self.ms[rank][at] for rank in workers]
+            if self.alone:
+                sent = [(m * gamma + self.us[r][at]) / (self.length + gamma) for r, m in enumerate(sent)]
+            unit.m = unit.mean_of_signs(sent)
+        if self.alone:
+            step = direction(unit.m) * (self.length + gamma)
+            unit.values = unit.values * (self.kept * keep) - step
+        else:
+            unit.values *= keep
+            unit.values.add_(direction(unit.m), alpha=-gamma)
+        for rank in workers:
+            self.x[rank][at], self.ms[rank][at] = unit.values.clone(), unit.m.clone()
+            self.us[rank][at].zero_()
+
+
+class LambOracle(Oracle):
+    """Li et al. 2021, algorithm 1, over LAMB with bias corrections, layer by layer."""
+
+    lr, betas, eps, decay = 1e-2, (0.9, 0.99), 1e-6, 0.1
+    low, high, beta3, factors, threshold = 0.01, 10.0, 0.9, (0.5, 4.0), 0.1
+
+    def __init__(self, *args: object, freeze_step: int, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.freeze_step = freeze_step
+        self.coefficients: dict[str, Tensor] = {}
+        self.scales: dict[str, float] = {}
+        self.last: dict[str, Tensor] = {}
+        self.fresh: dict[str, Tensor] = {}
+
+    def step(self, seeds: Sequence[int]) -> None:
+        super().step(seeds)
+        if self.steps == self.freeze_step:
+            sizes = {}
+            for unit in self.units:
+                unit.v /= 1 - self.betas[1] ** self.steps
+                for name, _, start, end in unit.slots:
+                    sizes[name] = float(unit.m[start:end].double().square().mean().sqrt())
+                    self.coefficients[name] /= 1 - self.beta3**self.steps
+                    self.fresh[name] = unit.v[start:end].clone()
+                    self.last[name] = torch.tensor(1.0)
+            known = torch.tensor([size for size in sizes.values() if size > 0], dtype=torch.float64)
+            united = float(known.mean())
+            self.scales = {name: united / size if size > 0 else 1.0 for name, size in sizes.items()}
+
+    def update(self, unit: FlatOracle, grads: list[list[Tensor]]) -> None:
+        beta1, beta2 = self.betas
+        if self.steps <= self.freeze_step:
+            grad = self.mean(unit, grads)
+            unit.m.lerp_(grad, 1 - beta1)
+            unit.v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            for name, shape, start, end in unit.slots:
+                x, m, v = (t[start:end].view(shape) for t in (unit.values, unit.m, unit.v))
+                denom = v.sqrt() * (1 - beta2**self.steps) ** -0.5 + self.eps
+                update = (m / (1 - beta1**self.steps) / denom).add_(x, alpha=self.decay)
+                ratio = (x.norm() / update.norm()).clamp(self.low, self.high)
+                if not (x.norm() > 0 and update.norm() > 0):
+                    ratio = torch.tensor(1.0)
+                mean = self.coefficients.setdefault(name, torch.tensor(0.0))
+                mean.mul_(self.beta3).add_(ratio, alpha=1 - self.beta3)
+                x -= update * (self.lr * ratio)
+            return
+        sent = [total(micros) * (1 - beta1) + beta1 * unit.m for micros in grads]
+        for each in sent:
+            each[~unit.used] = 0
+            for name, _, start, end in unit.slots:
+                each[start:end] *= self.scales[name]
+        before, unit.m = unit.m, unit.mean_of_signs(sent)
+        for name, shape, start, end in unit.slots:
+            unit.m[start:end] /= self.scales[name]
+            x, m, v = (t[start:end].view(shape) for t in (unit.values, unit.m, unit.v))
+            implied = (m - before[start:end].view(shape) * beta1) / (1 - beta1)
+            fresh = self.fresh[name].view(shape)
+            fresh.mul_(beta2).addcmul_(implied, implied, value=1 - beta2)
+            alone = m / (1 - beta1**self.steps) / (v.sqrt() + self.eps)
+            alone[v == 0] = 0
+            update = alone.add(x, alpha=self.decay)
+            factor = ((v.sqrt() + self.eps) / (fresh.sqrt() + self.eps)).max()
+            share = min(alone.norm() / update.norm(), torch.tensor(1.0))
+            factor = (factor * share + (1 - share)).clamp(*self.factors)
+            last = self.last[name]
+            low, high = last * (1 - self.threshold), last * (1 + self.threshold)
+            self.last[name] = max(min(factor, high), low)
+            x -= update * (self.lr * self.coefficients[name] * self.last[name])

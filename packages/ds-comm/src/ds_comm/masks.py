@@ -43,8 +43,8 @@ class Masks:
                 whole = torch.as_tensor(mask).to(unit.device).ne(0).expand(slot.shape)
             except RuntimeError:
                 raise ValueError(
-                    f"the momentum mask of {name} has shape {tuple(mask.shape)}; wanted: {tuple(slot.shape)}, "
-                    "or what broadcasts to it"
+                    f"the momentum mask of {name} has shape {tuple(mask.shape)}; wanted: "
+                    f"{tuple(slot.shape)}, or what broadcasts to it"
                 ) from None
             numel = -(-unit.layout.numel // (8 * world)) * 8 * world
             flat = self._flat.setdefault(unit.key, torch.ones(numel, dtype=torch.bool, device=unit.device))

@@ -57,6 +57,10 @@ class Compressing(Protocol):
         """exp_avg of a piece, fp32, zeros at first."""
         ...
 
+    def receive_(self, piece: Piece, momentum: Tensor, *, again: bool) -> None:
+        """The piece's new momentum, flat; `again`: what is to be added to it."""
+        ...
+
     def before_sending_(self, unit: FlatUnit, value: Tensor, *, again: bool) -> None:
         """This rank's momentum [numel and more] becomes what is sent."""
         ...
@@ -72,13 +76,14 @@ class Compressing(Protocol):
 class MomentumRoute:
     """The GradientRoute of the 1-bit optimizers.
 
-    In mode SIGNS every rank forms beta1 * m + (1 - beta1) * its own gradient of the whole step, adds its error,
-    and keeps signs and scales; each rank sums one chunk over all ranks, adds the chunk's error, keeps signs
-    and scales again and hands them to everybody: what the optimizer sees as gradient is the new m.
+    In mode SIGNS every rank forms beta1 * m + (1 - beta1) * its own gradient of the whole step, adds its
+    error, and keeps signs and scales; each rank sums one chunk over all ranks, adds the chunk's error, keeps
+    signs and scales again and hands them to everybody: what the optimizer sees as gradient is the new m.
     Collective: one all-to-all and one all-gather per unit and step, in the order in which units are reduced.
-    Bytes a rank sends: 2 (world - 1) * (numel / (8 world) + 4 per block), where fp32 takes 8 numel (world - 1) / world.
-    Memory: an error [numel] fp32 and one [numel / world], from the first such step on; at stages 1 and 2 all of
-    m as it was on the wire, numel / 8 bytes and scales.
+    Bytes a rank sends: 2 (world - 1) / world * (numel / 8 + 4 for each block), where an all-reduce of fp32
+    takes 2 (world - 1) / world * 4 numel.
+    Memory: an error [numel] fp32 and one [numel / world], from the first such step on; at stages 1 and 2 all
+    of m as it was on the wire, numel / 8 bytes and scales.
     A gradient that is not finite is not sent: NaN scales tell every rank, and all raise NonFiniteError in
     the same step. Errors of that unit are zero from then on; its m and every weight are as they were.
     """
@@ -92,6 +97,7 @@ class MomentumRoute:
         self._layouts: dict[str, BucketLayout] = {}  # by the unit's key
         self._received: dict[str, list[Tensor]] = {}  # m, as it came: the sum of these
         self._flying: set[str] = set()
+        self._spoilt: list[str] = []  # parameters whose own gradients are not finite
         self._groups = _Groups(optimizer)
 
     # -- joining -------------------------------------------------------------------------------------------
@@ -124,8 +130,8 @@ class MomentumRoute:
         others = [one for one in optimizers_of(self.owner) if one.optimizer is not mine]
         if others:
             raise RuntimeError(
-                f"{type(others[0].optimizer).__name__} steps on the same model as {name}, whose route carries "
-                "momenta and no gradients for others: give all parameters to one of them"
+                f"{type(others[0].optimizer).__name__} steps on the same model as {name}, whose route "
+                "carries momenta and no gradients for others: give all parameters to one of them"
             )
         return self.owner
 
@@ -137,6 +143,10 @@ class MomentumRoute:
         self._errors.connect(owner.trainable, owner.everyone, owner.changes)
         self._server.connect(owner.trainable)
         return self._errors, self._server
+
+    def pieces(self, unit: FlatUnit) -> Sequence[Piece]:
+        """What of the unit this rank updates."""
+        return self._groups.pieces(unit)
 
     # -- the step ------------------------------------------------------------------------------------------
 
@@ -162,7 +172,11 @@ class MomentumRoute:
         owner.changes.open()
         value = self._form(unit, full, again=again)
         if mode is Mode.LOCAL:
-            self._keep(unit, out, value, again=again)
+            if bool(torch.isfinite(value).all()):
+                self._keep(unit, out, value, again=again)
+            else:  # known to this rank alone until `refuse_spoilt`
+                self._spoilt.append(self._names(unit, value))
+                out.zero_()
             return Ticket()
         self._optimizer.before_sending_(unit, value, again=again)
         comm, rows = owner.comm, SignRows.of(self._layouts[unit.key].shard_numel, self._wire)
@@ -289,7 +303,7 @@ class MomentumRoute:
         self._keep(unit, out, self._decode(unit, rows, row, mine, at * rows.each), again=again)
 
     def _keep(self, unit: FlatUnit, out: Tensor, momentum: Tensor, *, again: bool) -> None:
-        """The optimizer's state and what it will see as gradient. At stage 0 the reducer adds to the latter."""
+        """The optimizer's state, and what it will see as gradient; at stage 0 the reducer adds to that."""
         owner = self.need()
         momentum = momentum[: out.numel()]
         if again and owner.sharded:
@@ -297,31 +311,42 @@ class MomentumRoute:
         else:
             out.copy_(momentum)
         for piece in self._groups.pieces(unit):
-            state = self._optimizer.momentum(piece).view(-1)
-            part = momentum[slice(*piece.overlap.local)]
-            if again:
-                state.add_(part)
-            else:
-                state.copy_(part)
+            self._optimizer.receive_(piece, momentum[slice(*piece.overlap.local)], again=again)
 
     def _nonfinite(self, unit: FlatUnit, value: Tensor, sent: Tensor, rows: SignRows) -> NonFiniteError:
-        what = "another rank's gradient is not finite, and its momentum was not sent"
-        if not bool(torch.isfinite(rows.scales(sent)).all()):
-            names = [
-                slot.fqn
-                for slot in unit.layout.slots
-                if not bool(torch.isfinite(value[slot.start : slot.end]).all())
-            ]
-            what = f"this rank's gradient of {', '.join(names) or unit.about} is not finite and was not sent"
+        mine = not bool(torch.isfinite(rows.scales(sent)).all())
+        return self._error(self._names(unit, value) if mine else "")
+
+    def refuse_spoilt(self) -> None:
+        """In mode LOCAL, before the step: raises NonFiniteError on every rank where one has such a gradient.
+
+        Collective.
+        """
+        owner, names = self.need(), ", ".join(self._spoilt)
+        self._spoilt.clear()
+        flag = torch.tensor([1.0 if names else 0.0])
+        owner.control.all_reduce(flag, op="max", about="whether momenta are finite").wait()
+        if flag.item():
+            raise self._error(names)
+
+    def _error(self, names: str) -> NonFiniteError:
+        what = f"this rank's gradient of {names} is not finite and was not sent"
+        if not names:
+            what = "another rank's gradient is not finite, and its momentum was not sent"
         return NonFiniteError(
             f"rank {self.need().everyone.rank}: {what}. No weight was changed; call optimizer.zero_grad() "
             "before going on. Lower the learning rate, or look at this batch"
         )
 
+    @staticmethod
+    def _names(unit: FlatUnit, value: Tensor) -> str:
+        slots = [s for s in unit.layout.slots if not bool(torch.isfinite(value[s.start : s.end]).all())]
+        return ", ".join(slot.fqn for slot in slots) or unit.about
+
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
-        """`error/<parameter>` [world, *shape] and `server/<parameter>` once signs travel, and the counters."""
+        """The counters, and once signs travel `error/<parameter>` [world, *shape] and `server/<parameter>`."""
         owner = self.need()
         owner.reducer.settle()  # a step whose momenta are on their way is in it as a whole
         state: dict[str, Tensor | FlatShard | Json] = {_COUNTERS: self._optimizer.counters()}
@@ -404,8 +429,8 @@ def _refuse(owner: FlatOwner) -> None:
     if owner.replicas.world > 1:
         raise ValueError(
             f"compressed momenta are averaged over all ranks at once, and here {owner.replicas.world} groups "
-            "hold copies (dp_replicate > 1), which would sum momenta as if they were gradients: put all ranks "
-            "into dp_shard, or use stage 0"
+            "hold copies (dp_replicate > 1), which would sum momenta as if they were gradients: put all "
+            "ranks into dp_shard, or use stage 0"
         )
     if owner.store.away is not None:
         raise ValueError(
@@ -420,6 +445,6 @@ def _refuse(owner: FlatOwner) -> None:
             )
         if unit.master_dtype != torch.float32:
             raise ValueError(
-                f"{unit.layout.slots[0].fqn} has {unit.master_dtype} masters, and momenta need fp32 ones: build "
-                "the model in fp32, and give dtype=torch.bfloat16 to whoever shards it"
+                f"{unit.layout.slots[0].fqn} has {unit.master_dtype} masters, and momenta need fp32 ones: "
+                "build the model in fp32, and give dtype=torch.bfloat16 to whoever shards it"
             )

@@ -23,8 +23,8 @@ class MomentumWire:
     `block`: elements that share a scale, a multiple of 16; None is one scale for each rank's chunk, as in the
     papers. Small blocks follow the momentum's size from layer to layer: with 2048 they cost 1.6 % more bytes.
     `norm`: the scale is |c|_1 / n ("l1": Tang et al. 2021) or |c|_2 / sqrt(n) ("l2": the reference system).
-    `masks`: parameter, by name or itself, -> [its shape, or what broadcasts to it], 0 where momentum is held at
-    zero: rows that never get a gradient, such as positions past the sequences of this phase of training.
+    `masks`: parameter, by name or itself, -> [its shape, or what broadcasts to it], 0 where momentum is held
+    at zero: rows that never get a gradient, such as positions past the sequences of this phase of training.
     """
 
     block: int | None = 2048
@@ -87,7 +87,7 @@ class SignRows:
         return wire.view(-1, self.width)[:, : self.scales_bytes].view(torch.float32)
 
     def pack_(self, values: Tensor, error: Tensor, wire: Tensor) -> None:
-        """values [rows * each] fp32 + error, like it, to wire [rows * width]; `error` becomes what is lost."""
+        """values [rows * each] fp32 + error, like it, to wire [rows * width]; `error` becomes the loss."""
         rows = values.view(-1, self.each)
         pack_signs_(rows, error.view_as(rows), norm=self.norm, out=self._signs(wire))
 
