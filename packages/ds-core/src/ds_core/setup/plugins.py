@@ -30,6 +30,7 @@ _BRINGS: Mapping[str, Mapping[str, str]] = {
     "ds-offload": {"store": "pinned nvme tiered", "optimizer": "offload_adamw"},
     "ds-comm": {
         "codec": "int8 int4 onebit fp8",
+        "comm_log": "wire",
         "communicator": "coded hierarchical",
         "optimizer": "onebitadam zerooneadam onebitlamb",
     },
