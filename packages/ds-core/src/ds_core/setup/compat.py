@@ -74,6 +74,8 @@ def initialize(  # noqa: PLR0913 - the signature is DeepSpeed's
     if plan.node_ranks is not None:
         mesh = Topology(dp_replicate=-1, dp_shard=plan.node_ranks).build(mesh.accelerator)
     make_audible(plan.reporting)
+    if plan.reporting.comms is not None:
+        plugins.look_up("comm_log", "wire")(mesh, **plan.reporting.comms.options())
     for notice in plan.notices:
         _log.info(notice)
     if plan.disable_python_gc:
