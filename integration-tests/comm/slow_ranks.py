@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ds_comm import Int8
 from ds_core import Mesh, Topology
 from ds_core.ground.codec import reduce_coded
 from ds_core.ground.ticket import Ticket
+from ds_core.ground.wire import Codec
 
 ROUNDS = 5
 NUMEL = 1 << 18  # of what each rank keeps: 1 MiB in fp32
@@ -48,7 +50,7 @@ def main() -> None:
     full, out = torch.ones(comm.world * NUMEL), torch.zeros(NUMEL)
     whole = torch.ones(NUMEL)
 
-    def reduce(chosen: object) -> Ticket:
+    def reduce(chosen: Codec | None) -> Ticket:
         return reduce_coded(comm, chosen, out, full, scale=1.0, accumulate=False)
 
     found = measure(
@@ -62,17 +64,6 @@ def main() -> None:
     wire = {"all_reduce": 4 * NUMEL, "plain": 4 * NUMEL, "coded": codec.wire_bytes(NUMEL)}
     if mesh.rank("world") == 0:
         print("@" + json.dumps({"found": found, "wire": wire}), flush=True)
-
-
-class Int8:
-    def wire_bytes(self, n):
-        return n
-
-    def encode(self, src, wire):
-        wire.view(torch.int8).copy_(src)
-
-    def decode(self, wire, out, *, accumulate=False):
-        out.add_(wire.view(torch.int8)) if accumulate else out.copy_(wire.view(torch.int8))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
     sudo python packages/ds-comm/benchmarks/network.py --ranks 4 --per-node 2 --rates 1gbit
 
 Each sample is a fresh process for every rank: warm-up steps, then timed ones between barriers; contenders
-take turns (A B C A B C). Prints a table for each rate and, with `--out`, appends JSON lines: tokens per second
-and seconds per step (medians), the bytes per step that left a node as its kernel counted them, and for ours
-those that the communicators say they sent.
+take turns (A B C A B C). Prints a table for each rate and, with `--out`, appends JSON lines: tokens, seconds
+(medians), the bytes per step that left a node as its kernel counted them, and for ours those that the
+communicators say they sent.
 """
 
 from __future__ import annotations

@@ -52,11 +52,17 @@ def ddp_fp16(model: nn.Module, setting: Setting) -> Entry:
 
 
 def _powersgd(model: nn.Module, setting: Setting, rank: int) -> Entry:
-    """Vogels et al., "PowerSGD", 2019, as torch has it: full gradients in the first two steps."""
+    """Vogels et al., "PowerSGD", 2019, as torch has it: full gradients in the first two steps.
+
+    All in one bucket: the hook issues its later collectives from callbacks, and those of two buckets meet
+    gloo in an order that differs between ranks, which ends the job.
+    """
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as hooks
 
     state = hooks.PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
-    step = ddp_with(model, setting, lambda ddp: ddp.register_comm_hook(state, hooks.powerSGD_hook))
+    step = ddp_with(
+        model, setting, lambda ddp: ddp.register_comm_hook(state, hooks.powerSGD_hook), bucket_mb=1024
+    )
     return Entry(step, warmup=3)
 
 
@@ -88,9 +94,11 @@ def _zero(
     setting: Setting,
     stage: int,
     *,
+    optimizer: torch.optim.Optimizer | None = None,
     hpz: bool = False,
     gather: Any = None,
     reduce: Any = None,
+    warmup: int = 0,
 ) -> Entry:
     """ZeRO over all ranks; with `hpz` the second shard of each node, where nodes have several ranks."""
     from ds_zero import Zero
@@ -99,11 +107,11 @@ def _zero(
     nodes = setting.world // per_node
     second = hpz and nodes > 1 and per_node > 1
     mesh = (Topology(dp_replicate=nodes, dp_shard=per_node) if second else Topology()).build()
-    optimizer = adamw(model.parameters())
+    optimizer = optimizer or adamw(model.parameters())
     dtype = "bfloat16" if setting.bf16 else None
     zero = Zero(stage=stage, dtype=dtype, secondary_shard=second)
     ShardedOptimizer(optimizer, zero.shard(model, mesh, gather=gather, reduce=reduce))
-    return Entry(loop(model, optimizer, setting), mesh.log)
+    return Entry(loop(model, optimizer, setting), mesh.log, warmup)
 
 
 def _whole(
@@ -125,3 +133,20 @@ def _whole(
 CONTENDERS["ours, stage 0"] = lambda m, s: _whole(m, s, adamw(m.parameters()), None)
 CONTENDERS["ours, ZeRO-2"] = lambda m, s: _zero(m, s, 2)
 CONTENDERS["ours, ZeRO-3"] = lambda m, s: _zero(m, s, 3)
+CONTENDERS["ours, stage 0, int8"] = lambda m, s: _whole(m, s, adamw(m.parameters()), _named("Int8")())
+CONTENDERS["ours, stage 0, int4"] = lambda m, s: _whole(m, s, adamw(m.parameters()), _named("Int4")())
+CONTENDERS["ours, ZeRO-2, int8"] = lambda m, s: _zero(m, s, 2, reduce=_named("Int8")())
+CONTENDERS["ours, ZeRO-2, int4"] = lambda m, s: _zero(m, s, 2, reduce=_named("Int4")())
+
+
+@contender("ours, 1-bit Adam")
+def onebit_adam(model: nn.Module, setting: Setting) -> Entry:
+    """In its compressed phase: two steps of plain Adam come before."""
+    optimizer = _named("OnebitAdam")(model.parameters(), lr=1e-4, freeze_step=2)
+    return _whole(model, setting, optimizer, optimizer.route, warmup=3)
+
+
+@contender("ours, 1-bit Adam, ZeRO-2")
+def onebit_adam_2(model: nn.Module, setting: Setting) -> Entry:
+    optimizer = _named("OnebitAdam")(model.parameters(), lr=1e-4, freeze_step=2)
+    return _zero(model, setting, 2, optimizer=optimizer, reduce=optimizer.route, warmup=3)

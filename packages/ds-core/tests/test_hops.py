@@ -42,7 +42,9 @@ def test_where_the_size_of_a_node_comes_from(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_axis_that_does_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="node_size=3 does not divide the 8 ranks .* give one of 1, 2, 4, 8"):
+    with pytest.raises(
+        ValueError, match=r"node_size=3 does not divide the 8 ranks .* give one of 1, 2, 4, 8"
+    ):
         mesh(8).node_size("dp_shard", 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"nodes \[0, 0, 0, 1, 1, 1, 2, 2\], as LOCAL_WORLD_SIZE=3"):

@@ -182,11 +182,13 @@ def ddp(model: nn.Module, setting: Setting) -> Step:
     return ddp_with(model, setting, lambda wrapped: None)
 
 
-def ddp_with(model: nn.Module, setting: Setting, register: Callable[[Any], object]) -> Step:
-    """DDP; `register(wrapped)` may give it a communication hook."""
+def ddp_with(
+    model: nn.Module, setting: Setting, register: Callable[[Any], object], *, bucket_mb: int | None = None
+) -> Step:
+    """DDP; `register(wrapped)` may give it a communication hook. `bucket_mb` None is DDP's own choice."""
     from torch.nn.parallel import DistributedDataParallel
 
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb)
     register(wrapped)
     return loop(
         wrapped,

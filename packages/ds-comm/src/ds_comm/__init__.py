@@ -7,11 +7,15 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it
 _HOME: dict[str, str] = {
+    "CodedCommunicator": "ds_comm.coded_communicator",
+    "Delta": "ds_comm.delta",
+    "ErrorFeedback": "ds_comm.loco",
     "ErrorRows": "ds_comm.error_feedback",
     "LambCoefficients": "ds_comm.onebit_lamb",
     "Fp8": "ds_comm.block_codecs",
     "Int4": "ds_comm.block_codecs",
     "Int8": "ds_comm.block_codecs",
+    "LoCo": "ds_comm.loco",
     "NotFiniteError": "ds_comm.wire_rows",
     "OneBit": "ds_comm.onebit_codec",
     "MomentumWire": "ds_comm.signs_wire",
@@ -24,6 +28,8 @@ _HOME: dict[str, str] = {
     "CommLog": "ds_comm.log",
     "CommRow": "ds_comm.log_rows",
     "CommSummary": "ds_comm.log_rows",
+    "QuantizedWeights": "ds_comm.quantized_weights",
+    "TwoHop": "ds_comm.two_hop",
 }
 
 __all__ = ["__version__", *_HOME]

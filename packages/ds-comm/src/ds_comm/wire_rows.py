@@ -67,7 +67,7 @@ def refuse_marks(name: str, scales: Tensor) -> None:
 
 def rounded_bound(bound: Tensor, src: Tensor, dtype: torch.dtype) -> Tensor:
     """A bound on values in fp32, and what rounding them to `dtype` adds: half a step of its mantissa."""
-    if dtype == torch.float32:
+    if dtype.itemsize > 2:
         return bound
     mantissa, least = {torch.bfloat16: (8, 2.0**-134), torch.float16: (11, 2.0**-25)}[dtype]
     return bound + ((src.double().abs() + bound) * 2.0**-mantissa).clamp_min(least)
@@ -155,12 +155,20 @@ class RowCodec:
 
         Raises NotFiniteError (a ValueError) where a row carries a mark, unless the codec is told to pass NaN.
         """
+        self._read(wire, out, accumulate, refuse=True)
+
+    def read(self, wire: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+        """`decode`, where marks always give NaN: for who has looked at them, or is not to be the only one."""
+        self._read(wire, out, accumulate, refuse=False)
+
+    def _read(self, wire: Tensor, out: Tensor, accumulate: bool, *, refuse: bool) -> None:
         n = out.shape[-1]
         check_rows(self.name, out, wire, self.wire_bytes(n))
         if not wire.numel():
             return
         wire = wire if aligned(wire) else wire.new_empty(wire.shape).copy_(wire)
-        self.refuse(wire, n)
+        if refuse:
+            self.refuse(wire, n)
         self._decode(wire, out, accumulate)
 
     def sum(self, wire: Tensor, out: Tensor, *, scale: float = 1.0, accumulate: bool = False) -> None:
