@@ -202,14 +202,15 @@ def _owner(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh, store
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(mesh.accelerator.device)
+    reduce = getattr(optimizer, "route", None)  # of an optimizer that reduces gradients in its own way
     if plan.stage > 0:
         spec = {**plan.owner_spec(), "cut": cut_of_model(model, optimizer)}
-        sharded: FlatOwner = plugins.resolve("owner", spec).shard(model, mesh, store=store)
+        sharded: FlatOwner = plugins.resolve("owner", spec).shard(model, mesh, store=store, reduce=reduce)
         return sharded
     dtype = None if plan.dtype == "float32" else getattr(torch, plan.dtype)
     chosen = {name: getattr(plan.zero, name) for name in ("bucket_numel", "overlap", "keep_fp32")}
     options = {name: value for name, value in chosen.items() if value is not None}
-    return ReplicatedOwner(model, mesh, dtype=dtype, store=store, **options)
+    return ReplicatedOwner(model, mesh, dtype=dtype, store=store, reduce=reduce, **options)
 
 
 def _store(plan: Plan, model: nn.Module, mesh: Mesh) -> Store | None:
