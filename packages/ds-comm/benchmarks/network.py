@@ -248,6 +248,7 @@ def main() -> int:
     args = parse()
     if args.rank_of:
         rank_main(args)
+    netns.leave_on_signals()
     try:
         for rate in args.rates.split(","):
             record = at_rate(rate, args.names, args)
