@@ -27,7 +27,8 @@ from ds_core import (
 )
 from ds_core.ground.codec import CastCodec
 from ds_core.ground.mesh import Mesh
-from ds_core.limits import ACROSS_NODES, STAGES, at_stage, combos, tests
+from ds_core.limits import ACROSS_NODES, STAGES, at_stage, combos
+from ds_core.limits import tests as named_tests
 from ds_core.protocols import Store
 from ds_core.state.owner import FlatOwner
 from ds_core.state.unit import FlatUnit, gather_shards
@@ -50,6 +51,7 @@ ROUNDINGS = 2
 # What is done with the joined objects, or joined later: an owner cannot see it.
 DONE = frozenset({"loss scale", "accumulation", "no_sync", "several optimizers", "EMA", "other world"})
 DONE |= {"reentrant", "non-reentrant"}
+IN_THE_MODEL = frozenset({"tied", "frozen", "reentrant", "non-reentrant"})
 # Where training state lives: some units on the device, the others' on host and disk.
 TIERS: dict[str, Any] = {
     "params": "0.2 device / 0.8 nvme",
@@ -96,12 +98,18 @@ def build(features: frozenset[str]) -> nn.Module:
         ways[1] = False
         ways[0] = "reentrant" in features
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed writes down a stack for each kind of GPU
         model = Checkpointed(ways, tied="tied" in features)
     if "frozen" in features:
         model.blocks[0].requires_grad_(False)
         model.norm.bias.requires_grad_(False)
     return model
+
+
+@functools.cache
+def twin(features: frozenset[str]) -> nn.Module:
+    """The unsharded model whose values are set anew for each comparison."""
+    return build(features)
 
 
 def sgd(model: nn.Module, features: frozenset[str]) -> torch.optim.Optimizer:
@@ -131,12 +139,10 @@ class Run:
 
 
 def join(features: frozenset[str], stage: int, mesh: Mesh, disk: Path) -> Run:
-    real = build(features)
+    model = real = build(features)
     if "meta" in features:
         with torch.device("meta"):
             model = build(features)
-    else:
-        model = build(features)
     named = dict(zip(model.modules(), real.modules(), strict=True))
 
     def initializer(module: nn.Module) -> None:
@@ -253,8 +259,9 @@ def expected_gradients(
     features: frozenset[str], values: dict[str, Tensor], seeds: list[int], ranks: int, scale: float
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The mean over micro batches and ranks in one process, and the mean norm of its parts."""
-    reference = build(features)
-    for name, param in reference.named_parameters():
+    reference = twin(features & IN_THE_MODEL)
+    named = dict(reference.named_parameters())
+    for name, param in named.items():
         param.data = values[name].clone()
     count = len(seeds) * ranks
     sums: dict[str, Tensor] = {}
@@ -263,7 +270,7 @@ def expected_gradients(
         for rank in range(ranks):
             (loss,) = CASE.losses(reference, CASE.rank_batch(seed, rank, ranks))
             (loss * scale).backward()
-            for name, param in reference.named_parameters():
+            for name, param in named.items():
                 if param.grad is not None:
                     part = param.grad.float() / (scale * count)
                     sums[name] = sums[name] + part if name in sums else part
@@ -352,32 +359,58 @@ def compare(run: Run, features: frozenset[str], step: int, reference: Reference)
             assert_close_norm(masters(run.owner), reference.average, 1e-6)
 
 
-def chosen(stage: int, *, across: bool) -> list[frozenset[str]]:
-    return [features for features in combos(stage) if bool(features & ACROSS_NODES) == across]
+def chosen(stage: int, *, across: bool, compiled: bool) -> list[frozenset[str]]:
+    """The combinations that are trained together, of those that work at a stage."""
+    return [f for f in combos(stage) if (bool(f & ACROSS_NODES), "compile" in f) == (across, compiled)]
 
 
-def every_combination(stage: int, across: bool, folder: Path) -> int:
+def every_combination(stages: list[int], across: bool, compiled: bool, folder: Path) -> int:
     mesh = Topology(dp_replicate=2) if across else Topology()
     worlds = Worlds(mesh.build(), Topology(tp=2).build(), CheckpointStore(folder, keep=1), folder)
-    for features in chosen(stage, across=across):
-        try:
-            train(features, stage, worlds)
-        except Exception as fault:
-            raise AssertionError(f"stage {stage}, {' with '.join(sorted(features))}: {fault}") from fault
-    return len(chosen(stage, across=across))
+    done = 0
+    for stage in stages:
+        for features in chosen(stage, across=across, compiled=compiled):
+            try:
+                train(features, stage, worlds)
+            except Exception as fault:
+                raise AssertionError(f"stage {stage}, {' with '.join(sorted(features))}: {fault}") from fault
+            done += 1
+    return done
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_goes_together_equals_the_unsharded_model(stage: int, tmp_path: Path) -> None:
+def train_all(stages: list[int], folder: Path, *, across: bool, compiled: bool) -> None:
+    ranks = 4 if across else 2
+    settings: dict[str, Any] = {"across": across, "compiled": compiled}
+    done = run_ranks(every_combination, ranks, timeout=120.0, stages=stages, folder=folder, **settings)
+    assert done == [sum(len(chosen(stage, **settings)) for stage in stages)] * ranks
+    assert done[0] > 0
+
+
+# Compiled blocks at all stages in one process: what is compiled at one serves the others.
+PARTS = [pytest.param([stage], False, id=str(stage)) for stage in STAGES]
+PARTS += [pytest.param(list(STAGES), True, id="compiled")]
+
+
+@pytest.mark.parametrize(("stages", "compiled"), PARTS)
+def test_what_goes_together_equals_the_unsharded_model(
+    stages: list[int], compiled: bool, tmp_path: Path
+) -> None:
     """The masters are held to plain SGD on the very gradients that were compared before."""
-    done = run_ranks(every_combination, 2, timeout=120.0, stage=stage, across=False, folder=tmp_path)
-    assert done == [len(chosen(stage, across=False))] * 2
+    train_all(stages, tmp_path, across=False, compiled=compiled)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_goes_with_replicas_equals_the_unsharded_model(stage: int, tmp_path: Path) -> None:
-    done = run_ranks(every_combination, 4, timeout=120.0, stage=stage, across=True, folder=tmp_path)
-    assert done == [len(chosen(stage, across=True))] * 4
+@pytest.mark.parametrize(("stages", "compiled"), PARTS)
+def test_what_goes_with_replicas_equals_the_unsharded_model(
+    stages: list[int], compiled: bool, tmp_path: Path
+) -> None:
+    train_all(stages, tmp_path, across=True, compiled=compiled)
+
+
+def test_every_combination_is_trained() -> None:
+    kinds = [(across, compiled) for across in (False, True) for compiled in (False, True)]
+    for stage in STAGES:
+        trained = [f for a, c in kinds for f in chosen(stage, across=a, compiled=c)]
+        assert sorted(map(sorted, trained)) == sorted(map(sorted, combos(stage)))
 
 
 def named(test: str) -> Iterator[Any]:
@@ -386,4 +419,4 @@ def named(test: str) -> Iterator[Any]:
 
 
 def test_every_test_that_the_table_names_is_there() -> None:
-    assert [test for test in tests() if len(list(named(test))) != 1] == []
+    assert [test for test in named_tests() if len(list(named(test))) != 1] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ds_core.ground.fabric import Fabric, connect_fabric
 from ds_core.ground.flight import Lane
 from ds_core.ground.listener import Call, Coded, Departure, Listener
 from ds_core.ground.routes import Routes, native_all_gather, native_reduce_scatter, works_of
@@ -146,7 +147,8 @@ class TorchCommunicator:
 
     On gloo, whose reduce-scatter and all-gather are slow and whose asynchronous reduce-scatter cannot be
     waited for, they are built from exchanges (see Routes). Reductions are summed here, in rank order, in the
-    output's dtype, so every route gives the same bits.
+    output's dtype, so every route gives the same bits. After `connect`, CPU tensors go by a fabric instead
+    (shared memory, with ds-comm), if all ranks have one.
 
     Each collective is recorded in `lane`, and waiting for it raises DesyncError when ranks disagree. What
     travels in exchanges carries its signature, so that collectives of two kinds are never taken for one
@@ -173,6 +175,18 @@ class TorchCommunicator:
         self.log = log if log is not None else WireLog()
         self.lane = lane or Lane(axis, dist.get_process_group_ranks(group))
         self._native = dist.get_backend(group) != "gloo"
+        self._fabric: Fabric | None = None
+
+    def connect(self, timeout_s: float) -> list[Waitable]:
+        """From now on use what carries bytes faster than sockets, if every rank has it. Collective."""
+        if not self._native and self.world > 1:
+            self._fabric = connect_fabric(self.lane, self.rank, self._routes.tell, timeout_s)
+        return []
+
+    @property
+    def route(self) -> str:
+        """By what the bytes of CPU tensors go."""
+        return self._fabric.name if self._fabric is not None else dist.get_backend(self.group)
 
     @property
     def group(self) -> ProcessGroup:
@@ -181,12 +195,19 @@ class TorchCommunicator:
     def close(self) -> None:
         """Let go of the process group; the last one to do so waits for its threads."""
         self._routes.close()
+        if self._fabric is not None:
+            self._fabric.close()
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Where there is a fabric, memory that peers read as it is: what is sent from it is not copied."""
+        if self._fabric is not None and self.device.type == "cpu":
+            return self._fabric.allocate(numel, dtype)
         return torch.empty(numel, dtype=dtype, device=self.device)
 
     def all_gather(self, out: Tensor, shard: Tensor, *, about: str = "") -> Ticket:
         flight = self._record("all_gather", out, about, out.numel(), shard.nbytes * (self.world - 1))
+        if (fabric := self._fabric_for(out)) is not None:
+            return self._carry(flight, lambda: fabric.all_gather(out, shard, flight.flight))
         if self._native:
             work = flight.start(lambda: [native_all_gather(out, shard, self.group)])
             return Ticket([work], keepalive=(out, shard))
@@ -201,6 +222,11 @@ class TorchCommunicator:
     ) -> Ticket:
         sent = full.nbytes // self.world * (self.world - 1)
         flight = self._record("reduce_scatter", full, about, full.numel(), sent)
+        if (fabric := self._fabric_for(full)) is not None:
+            return self._carry(
+                flight,
+                lambda: fabric.reduce_scatter(out, full, flight.flight, scale=scale, accumulate=accumulate),
+            )
         if self._native:
             wire = self.allocate(out.numel(), full.dtype)
             if full.dtype == torch.float16:  # the backend sums in fp16, which might not hold the sum
@@ -227,6 +253,8 @@ class TorchCommunicator:
         hops = self.world if small else 2
         sent = hops * tensor.nbytes * (self.world - 1) // self.world
         flight = self._record("all_reduce", tensor, about, 2 * tensor.numel(), sent)
+        if (fabric := self._fabric_for(tensor)) is not None:
+            return self._carry(flight, lambda: fabric.all_reduce(tensor, flight.flight, op=op))
         if small:
             return self._all_reduce_small(flight, tensor, op)
         work = flight.start(
@@ -252,6 +280,8 @@ class TorchCommunicator:
     def all_to_all(self, out: Tensor, src: Tensor, *, about: str = "") -> Ticket:
         sent = src.nbytes // self.world * (self.world - 1)
         flight = self._record("all_to_all", src, about, src.numel(), sent)
+        if (fabric := self._fabric_for(src)) is not None:
+            return self._carry(flight, lambda: fabric.all_to_all(out, src, flight.flight))
         work = flight.start(lambda: self._all_to_all(out, src, flight.tag))
         return Ticket([work], keepalive=(out, src))
 
@@ -268,6 +298,8 @@ class TorchCommunicator:
         flight = self._record(
             "broadcast", tensor, about, tensor.numel(), copies * tensor.nbytes if root == self.rank else 0
         )
+        if (fabric := self._fabric_for(tensor)) is not None:
+            return self._carry(flight, lambda: fabric.broadcast(tensor, flight.flight, root=root))
 
         def issue() -> list[Waitable]:
             if direct:
@@ -275,6 +307,13 @@ class TorchCommunicator:
             return works_of(dist.broadcast(tensor, group_src=root, group=self.group, async_op=True))
 
         return Ticket([flight.start(issue)], keepalive=(tensor,))
+
+    def _fabric_for(self, tensor: Tensor) -> Fabric | None:
+        return self._fabric if tensor.device.type == "cpu" else None
+
+    def _carry(self, departure: Departure, issue: Callable[[], Waitable]) -> Ticket:
+        """The fabric keeps what it still needs of the tensors, and no more: see Fabric.allocate."""
+        return Ticket([departure.start(lambda: [issue()])])
 
     def _record(self, op: str, tensor: Tensor, about: str, elements: int, sent_bytes: int) -> Departure:
         return self.log.depart(

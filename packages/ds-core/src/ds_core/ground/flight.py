@@ -83,10 +83,14 @@ class Lane:
         self._guard = guard
         self._ring: list[Flight | None] = [None] * RING
 
-    def record(self, op: str, tensor: Tensor, about: str = "") -> Flight:
-        """The next collective of this lane. Raises DesyncError when it can no longer take place."""
+    def check(self) -> None:
+        """Raises DesyncError when the ranks of this job are known to have parted."""
         if self._guard is not None:
             self._guard.check()
+
+    def record(self, op: str, tensor: Tensor, about: str = "") -> Flight:
+        """The next collective of this lane. Raises DesyncError when it can no longer take place."""
+        self.check()
         number = self.number + 1
         dtype, numel = tensor.dtype, tensor.numel()
         text = f"{op} {dtype} {numel} {about}".encode()

@@ -319,10 +319,13 @@ class Mesh:
             return []
 
         making = lane_of("new groups", timeout_s=self.timeout_s)
-        making.start(making.record("new_group", self._grid, f"{axis}/{channel}"), make)
+        flight = making.record("new_group", self._grid, f"{axis}/{channel}")
+        making.start(flight, make)
         watch = _watch(self.timeout_s)
         lane = watch.lane(f"{axis}/{channel}", mine[0]) if watch is not None else None
         communicator = TorchCommunicator(mine[0], device, log=self.log, axis=axis, lane=lane)
+        if watch is not None and device.type == "cpu":
+            making.start(flight, lambda: communicator.connect(_PATIENCE * self.timeout_s))
         _OPEN.add(communicator)
         return communicator
 

@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from ds_core.ground.ticket import Ticket, Waitable
 
+_TOLD_BYTES = 512
 _PROBE_FROM_BYTES = 1 << 20  # smaller messages are not worth choosing a route for
 _PROBE_ROUNDS = 3
 _DIRECT_BONUS = 0.7  # the other routes copy what they carry: they must be faster by more than noise
@@ -45,6 +46,17 @@ class Routes:
 
     def close(self) -> None:
         self._group = None
+
+    def tell(self, message: bytes) -> list[bytes]:
+        """Every rank's message of up to 512 bytes, by rank. Collective."""
+        assert len(message) <= _TOLD_BYTES, message
+        sent = message.ljust(_TOLD_BYTES, b"\0") + len(message).to_bytes(2, "little")
+        rows = torch.empty(self.world, len(sent), dtype=torch.uint8)
+        rows[self.rank] = torch.frombuffer(bytearray(sent), dtype=torch.uint8)
+        for work in self.exchange([rows[self.rank]] * self.world, list(rows), 0):
+            work.wait()
+        told = [bytes(row.tolist()) for row in rows]
+        return [each[: int.from_bytes(each[_TOLD_BYTES:], "little")] for each in told]
 
     def all_gather(self, out: Tensor, mine: Tensor, tag: int) -> list[Waitable]:
         """[world * n] <- [n], which is this rank's part of `out` already."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -40,7 +41,7 @@ class Watch:
         self._grace_s = min(_GRACE_S, timeout_s / 4)
         self._by_group: WeakKeyDictionary[ProcessGroup, dict[str, Lane]] = WeakKeyDictionary()
         self._lanes: dict[str, Lane] = {}
-        self._main = threading.main_thread().ident
+        self._main, self._pid = threading.main_thread().ident, os.getpid()
         self._message = ""
         self._lock = threading.Lock()  # the store's client, which both threads use
         self._leaves = threading.Event()
@@ -66,8 +67,8 @@ class Watch:
 
     def explain(self, error: Exception) -> None:
         """Raises DesyncError in place of an error of the wire: the verdict that all ranks agree on."""
-        if self._leaves.is_set():
-            return  # this process has closed its groups itself
+        if self._leaves.is_set() or os.getpid() != self._pid:
+            return  # this process has closed its groups itself, or was forked: they are its parent's
         if not self._message:
             self._judge(str(error))
         raise DesyncError(self._message) from error
