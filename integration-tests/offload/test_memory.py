@@ -100,7 +100,7 @@ def test_a_step_grows_by_its_plan_and_the_units_in_use(dtype: str, tmp_path: Pat
         assert isinstance(tiers, dict)
         assert tiers["device"] == tiers["host"] == 0
         assert tiers["nvme"] > layers * (1 << 20) * 12
-        # In use at once: this unit, the one ahead and the one before; of each a copy in either dtype. A disk that
-        # is busy besides leaves as many bytes on their way to it as it may.
+        # In use at once: this unit, the one ahead and the one before; of each a copy in either dtype. A disk
+        # that is busy besides leaves as many bytes on their way to it as it may.
         assert grown < plan + PENDING + 4 * unit, f"{layers} layers: {row}"
     assert int(str(found[24]["grown"])) < int(str(found[8]["grown"])) + (16 << 20), found
