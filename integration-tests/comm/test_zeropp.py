@@ -292,6 +292,8 @@ def test_a_file_drives_the_same_objects(rank: int, world: int) -> None:
     routes = engine.owner.routes
     assert routes["gather"].explain().startswith("two hops: Int8(")
     assert "errors fed back with beta 0.9, dropped every 100 steps" in routes["reduce"].explain()
+    rows = {row.key: row.acts for row in engine.explain()}
+    assert rows["wire.gather"] == routes["gather"].explain()
     found = run(engine)
     plain = {"stage": 3, "stage3_param_persistence_threshold": 0}
     model = CASES["tied"].build()
