@@ -18,6 +18,7 @@ from ds_core.ground.codec import CastCodec
 from ds_core.state.owner import FlatOwner
 from ds_core.testing.distributed import distributed, run_ranks
 from ds_core.testing.models import CASES
+from ds_offload import TieredStore
 from ds_zero import Zero, full_tensor
 from ds_zero.compat import Init
 
@@ -91,6 +92,21 @@ def exact(stage: int) -> None:
     for given in ({}, routes):
         owner, optimizer = made("mlp", stage, given)
         found.append((train(owner, optimizer, range(3), "mlp", micro=2), whole(owner)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@distributed(world_size=2)
+def test_state_on_the_host_changes_no_bit(stage: int) -> None:
+    found = []
+    for away in (False, True):
+        gather: Any = Delta(Int8()) if stage == 2 else QuantizedWeights(Int8())
+        routes: dict[str, Any] = {"reduce": LoCo(Int4()), "gather": gather}
+        if away:
+            routes["store"] = TieredStore(masters="host", moments="host", grads="host")
+        owner, optimizer = made("mlp", stage, routes, dtype="bfloat16")
+        found.append((train(owner, optimizer, range(4), "mlp", micro=2), whole(owner)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
 
