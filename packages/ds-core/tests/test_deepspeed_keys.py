@@ -196,6 +196,21 @@ WORKS: dict[str, tuple[Any, dict[str, Any], str, Any]] = {
     "wandb.project": ("p", {"wandb.enabled": True}, "reporting.sinks.0.project", "p"),
     "timers.throughput.enabled": (False, {}, "reporting.throughput", False),
     "timers.throughput.synchronized": (False, {}, "reporting.synchronize", False),
+    "comms_logger.enabled": (True, {}, "reporting.comms.verbose", False),
+    "comms_logger.verbose": (True, {"comms_logger.enabled": True}, "reporting.comms.verbose", True),
+    "comms_logger.prof_all": (
+        False,
+        {"comms_logger.enabled": True, "comms_logger.prof_ops": ["broadcast"]},
+        "reporting.comms.ops.0",
+        "broadcast",
+    ),
+    "comms_logger.prof_ops": (
+        ["all_gather_into_tensor", "all_gather"],
+        {"comms_logger.enabled": True, "comms_logger.prof_all": False},
+        "reporting.comms.ops",
+        ("all_gather",),
+    ),
+    "comms_logger.debug": (True, {"comms_logger.enabled": True}, "reporting.comms.debug", True),
     "checkpoint.tag_validation": ("FAIL", {}, "tag_validation", "Fail"),
 }  # fmt: skip
 
@@ -206,6 +221,7 @@ CONSTRAINTS = {
     "communication_data_type",
     "data_parallel_size",
     "data_types.param_dtype",
+    "comms_logger.prof_ops",
 }  # checked, not stored
 
 

@@ -8,6 +8,7 @@ instead of giving None.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -44,6 +45,7 @@ __all__ = [
     "GatheredParameters",
     "Init",
     "get_z3_leaf_modules",
+    "log_summary",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
     "safe_get_full_optimizer_state",
@@ -59,6 +61,8 @@ __all__ = [
     "unset_z3_leaf_modules",
     "z3_leaf_module",
 ]
+
+_log = logging.getLogger("ds_zero")
 
 # Arguments of DeepSpeed's zero.Init -> what they are without effect, and why anything else cannot be taken.
 _INIT: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -142,6 +146,28 @@ def _is_sharded(param: Tensor) -> bool:
     except LookupError:
         return False
     return True
+
+
+def log_summary(engine: Any, show_straggler: bool = False, return_dict: bool = False) -> Any:
+    """What the file's `comms_logger` heard so far: a table in the log of rank 0, or a dict of its rows.
+
+    The engine says whose: there is no log of a whole process here. Rows have bytes before and after coding,
+    latency, and bandwidths by the size of the group; with `show_straggler` the slowest rank, and the call is
+    collective. Keys of the dict are "axis/op" and, where there is one, "/codec".
+    Raises ValueError if `comms_logger` is not on.
+    """
+    log = engine.owner.mesh.log.listener
+    if log is None:
+        raise ValueError(
+            'log_summary: no communication log is on; set "comms_logger": {"enabled": true}, or make a'
+            " ds_comm.CommLog(mesh) before training"
+        )
+    summary = log.summary(stragglers=show_straggler)
+    if return_dict:
+        return {"/".join(filter(None, (row.axis, row.op, row.codec))): row for row in summary.rows}
+    if engine.owner.everyone.rank == 0:
+        _log.info("%s", summary)
+    return None
 
 
 def safe_get_full_fp32_param(param: Tensor) -> Tensor:

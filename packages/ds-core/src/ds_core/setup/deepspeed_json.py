@@ -9,6 +9,7 @@ from typing import Any
 from ds_core.ground.settings import Origin, Setting
 from ds_core.setup.batch import ACCUMULATE, MICRO, TRAIN, Batch, solve_batch
 from ds_core.setup.config import ConfigError, Problem, merge
+from ds_core.setup.deepspeed_comms import plan_comms
 from ds_core.setup.deepspeed_keys import GATES, ROWS
 from ds_core.setup.deepspeed_offload import plan_offload
 from ds_core.setup.deepspeed_wire import plan_wire
@@ -258,6 +259,7 @@ def _reporting(found: Findings) -> Reporting:
         dump_state=found.get("dump_state"),
         log_level=found.get("log_level"),
         sinks=tuple(_sinks(found)),
+        comms=plan_comms(found),
     )
 
 

@@ -19,6 +19,7 @@ from ds_core.setup.readers import (
     as_stage,
     as_text,
     at_least,
+    comm_ops,
     one_of,
     or_null,
     share,
@@ -219,7 +220,11 @@ _MONITORS = (
     _works("timers.throughput.enabled", as_bool, True, "samples per second in the progress lines"),
     _works("timers.throughput.synchronized", as_bool, True, "the device is waited for first"),
     _always("flops_profiler.enabled", False, "ds_core.profile_model(model, batch) counts per module"),
-    _always("comms_logger.enabled", False, "every StepReport has bytes_on_wire; single calls are not logged"),
+    _works("comms_logger.enabled", as_bool, False, "ds_comm's CommLog on the mesh: log_summary(engine)"),
+    _works("comms_logger.verbose", as_bool, False, "a line for each collective"),
+    _works("comms_logger.prof_all", as_bool, True, "collectives of every kind"),
+    _works("comms_logger.prof_ops", comm_ops, [], "only these, where prof_all is false"),
+    _works("comms_logger.debug", as_bool, False, "a line for each, and the line of code that called"),
     _works("checkpoint.tag_validation", one_of("Ignore", "Warn", "Fail"), "Warn", "save_checkpoint"),
     _moot("checkpoint.load_universal", as_bool, False, "every checkpoint loads at any world size and stage"),
     _always("checkpoint.use_node_local_storage", False, "a checkpoint is one directory that all ranks see"),
@@ -300,7 +305,6 @@ IDLE: Mapping[str, frozenset[str]] = {
     for section, names in {
         "comet": "samples_log_interval project workspace api_key experiment_name experiment_key online mode",
         "flops_profiler": "recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
-        "comms_logger": "verbose prof_all debug prof_ops",
         "tensor_parallel": "dtype tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend tp"
         " tensor_parallel injection_policy_tuple partition_config preset_model keep_module_on_host"
         " replace_with_kernel_inject",

@@ -32,6 +32,17 @@ class LossScale(Config):
     minimum: float = 1.0
 
 
+class CommsLogging(Config):
+    """What ds_comm's CommLog is told; `ops`: only these, by its names."""
+
+    ops: tuple[str, ...] | None = None
+    verbose: bool = False
+    debug: bool = False
+
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
 class Reporting(Config):
     """What is said while training, and how often."""
 
@@ -42,6 +53,7 @@ class Reporting(Config):
     dump_state: bool = False
     log_level: str | None = None
     sinks: tuple[Mapping[str, Any], ...] = ()
+    comms: CommsLogging | None = None
 
 
 class Zero(Config):

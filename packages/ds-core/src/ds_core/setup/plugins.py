@@ -31,7 +31,8 @@ _BRINGS: Mapping[str, Mapping[str, str]] = {
     "ds-comm": {
         "codec": "int8 int4 onebit fp8",
         "route": "two_hop loco error_feedback quantized_weights delta",
-        "communicator": "coded hierarchical",
+        "comm_log": "wire",
+        "communicator": "shm",
         "optimizer": "onebitadam zerooneadam onebitlamb",
     },
     "ds-moe": {"dispatcher": "alltoall hierarchical"},
