@@ -99,7 +99,7 @@ def test_nothing_is_cut_at_stage_zero() -> None:
 
 @distributed(world_size=2)
 def test_ranks_that_disagree_are_named(rank: int) -> None:
-    with pytest.raises(ValueError, match="the ranks disagree about how parameters travel"):
+    with pytest.raises(ValueError, match="ranks disagree on how parameters travel"):
         own(1, gather=QuantizedWeights(Int8(block=64 * (rank + 1))))
 
 
