@@ -245,6 +245,30 @@ def resume(folder: Path, stage: int, name: str) -> None:
     assert train(forgetful, anew, range(3, 6), "mlp", micro=2) != onward
 
 
+@distributed(world_size=4)
+def test_each_rank_of_a_hybrid_mesh_has_its_errors(tmp_path: Path, rank: int) -> None:
+    """HSDP: coded inside the node; a checkpoint has a row for each of all ranks."""
+
+    def build() -> Any:
+        mesh = Topology(**NODES).build()
+        return made("mlp", 2, {"reduce": LoCo(Int4()), "gather": Delta(Int8())}, mesh=mesh)
+
+    owner, optimizer = build()
+    train(owner, optimizer, range(3), "mlp")
+    CheckpointStore(tmp_path).save(3, {"model": owner, "optimizer": optimizer})
+    shapes = {
+        tuple(value.shape)
+        for name, value in optimizer.state_dict().items()
+        if name.startswith("wire/reduce/err")
+    }
+    assert {shape[0] for shape in shapes} == {4}
+    onward = train(owner, optimizer, range(3, 6), "mlp")
+    again, other = build()
+    CheckpointStore(tmp_path).load({"model": again, "optimizer": other}, 3)
+    assert train(again, other, range(3, 6), "mlp") == onward
+    assert all(torch.equal(*pair) for pair in zip(whole(owner), whole(again), strict=True))
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
 def test_another_world_computes_with_the_same_copies(tmp_path: Path, before: int, after: int) -> None:
     saved = run_ranks(save_copies, before, folder=tmp_path)
