@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ds_comm.agreement import refuse_disagreement
 from ds_comm.wire_rows import NotFiniteError, RowCodec
 from ds_core.ground.texts import exchange
 from ds_core.ground.ticket import Ticket
@@ -46,26 +47,9 @@ class Hops:
         return [each for node in nodes for each in json.loads(node)]
 
 
-def describe(codec: Codec) -> dict[str, Any]:
-    """What ranks must have alike in a codec, as JSON: its class and its settings or state."""
-    settings = codec.settings() if isinstance(codec, RowCodec) else {**vars(codec), **codec.state_dict()}
-    return {"codec": type(codec).__name__, **{key: str(value) for key, value in settings.items()}}
-
-
 def own(codec: Codec, rank: int) -> Codec:
     """The codec with state of its own, so that no two routes advance the same."""
     return codec.at_rank(rank) if isinstance(codec, RowCodec) else copy.deepcopy(codec)
-
-
-def agree(owner: FlatOwner, what: str, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError on every rank, naming the ranks, where their settings differ. Collective."""
-    texts = exchange(owner.control, json.dumps(settings, sort_keys=True), about=f"the settings of {what}")
-    if len(set(texts)) > 1:
-        ranks: dict[str, list[int]] = {}
-        for rank, text in enumerate(texts):
-            ranks.setdefault(text, []).append(rank)
-        shown = "; ".join(f"ranks {numbers} have {text}" for text, numbers in ranks.items())
-        raise ValueError(f"the ranks disagree about {what}: {shown}. Give every rank the same settings")
 
 
 def join(
@@ -80,7 +64,8 @@ def join(
     """The hops along the owner's axis, or one, once all ranks have the same settings. Collective."""
     direct = owner.comm if channel == "reduce" else owner.gather_comm
     size = owner.mesh.node_size(owner.axis, node_size) if two else direct.world
-    agree(owner, what, {**settings, "axis": owner.axis, "ranks": direct.world, "of a node": size})
+    layout = {"axis": owner.axis, "ranks": direct.world, "node_size": size}
+    refuse_disagreement(owner.control, {**settings, **layout}, what=what)
     if not two or direct.world == 1:
         return Hops(owner.mesh.alone(), direct)
     return Hops(*owner.mesh.hops(owner.axis, channel, node_size=size))

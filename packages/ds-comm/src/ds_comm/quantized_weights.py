@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_comm.hops import Hops, describe, join, name_not_finite, own, read, spread
+from ds_comm.agreement import settings_of
+from ds_comm.hops import Hops, join, name_not_finite, own, read, spread
 from ds_comm.wire_rows import NotFiniteError
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec
@@ -39,7 +40,7 @@ class QuantizedWeights:
         """What ranks must agree on."""
         return {
             "route": type(self).__name__,
-            "codec": describe(self._given),
+            "codec": settings_of(self._given),
             "hierarchical": self._hierarchical,
         }
 

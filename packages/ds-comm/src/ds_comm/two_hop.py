@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_comm.agreement import settings_of
 from ds_comm.block_codecs import BlockCodec
-from ds_comm.hops import Hops, describe, join, mark, name_not_finite, own, read, refuse, spread
+from ds_comm.hops import Hops, join, mark, name_not_finite, own, read, refuse, spread
 from ds_comm.wire_rows import NotFiniteError, put, sum_rows
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec
@@ -48,7 +49,7 @@ class TwoHop:
 
     def settings(self) -> dict[str, Any]:
         """What ranks must agree on."""
-        return {"route": type(self).__name__, "codecs": [describe(codec) for codec in self._codecs]}
+        return {"route": type(self).__name__, "codecs": [settings_of(codec) for codec in self._codecs]}
 
     def connect(self, owner: FlatOwner, settings: Mapping[str, Any] | None = None) -> None:
         """Collective. Raises ValueError where ranks disagree, or the axis does not divide into nodes.
