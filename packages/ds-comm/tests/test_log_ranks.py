@@ -10,12 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ds_comm import CommLog
+from ds_comm import CommLog, Int4, Int8, OnebitAdam, QuantizedWeights, TwoHop
 from ds_core.ground.codec import CastCodec, gather_coded, reduce_coded
 from ds_core.ground.flight import Lane
 from ds_core.ground.mesh import Topology
 from ds_core.ground.ticket import Ticket
-from ds_core.state.owner import ReplicatedOwner
+from ds_core.state.owner import FlatOwner, ReplicatedOwner
+from ds_core.state.precision import Precision
 from ds_core.testing.distributed import distributed, run_ranks
 from ds_core.testing.faults import slow_module
 from ds_core.train.engine import Engine
@@ -197,3 +198,72 @@ def test_a_collective_is_noted_in_microseconds() -> None:
         logged = min(collectives(500) for _ in range(5))
     assert logged - plain < 300e-6
     print(f"{1e6 * (logged - plain):.1f} us a collective")
+
+
+class Watcher(nn.Module):
+    """A model of one unit for a 1-bit optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+class Cut(FlatOwner):
+    stage = 1
+
+
+@distributed(4)
+def test_routes_of_two_hops_say_what_their_bytes_stand_for(rank: int, world: int) -> None:
+    """qgZ and qwZ between two nodes of two ranks: every hop knows the bytes it would be without a codec."""
+    torch.manual_seed(0)
+    mesh = Topology().build()
+    gather, reduce = QuantizedWeights(Int8(), node_size=2), TwoHop(Int8(), Int4(), node_size=2)
+    owner = Cut(
+        Watcher(),
+        mesh,
+        sharded=True,
+        whole_grads=True,
+        precision=Precision(),
+        gather=gather,
+        reduce=reduce,
+    )
+    (unit,) = owner.units
+    numel = unit.layout.numel
+    with CommLog(mesh) as log:
+        full, out = torch.randn(numel), torch.empty(unit.layout.shard_numel)
+        reduce.reduce(unit, out, full, scale=0.25, accumulate=False).wait()
+        gather.gather(unit, torch.randn(unit.layout.shard_numel)).wait()
+    rows = {(row.axis, row.op): row for row in log.summary().rows}
+    assert {key: (row.codec, row.logical_bytes) for key, row in rows.items()} == {
+        ("dp_shard/node", "all_to_all"): ("Int8", 4 * numel),
+        ("dp_shard/across", "all_to_all"): ("Int4", 4 * numel // 2),
+        ("dp_shard/across", "all_gather"): ("Int8", 4 * numel // 2),
+        ("dp_shard/node", "all_gather"): ("Int8", 4 * numel),
+    }
+    assert all(row.wire_bytes < 0.3 * row.logical_bytes for row in rows.values())
+    coding = {(row.axis, row.codec): row for row in log.summary().coding}
+    assert {("dp_shard/node", "Int8"), ("dp_shard/across", "Int4")} <= set(coding)
+
+
+@distributed(2)
+def test_momenta_as_signs_say_what_their_bytes_stand_for(rank: int, world: int) -> None:
+    torch.manual_seed(0)
+    model = Watcher()
+    optimizer = OnebitAdam(model.parameters(), lr=1e-3, freeze_step=1)
+    mesh = Topology().build()
+    owner = ReplicatedOwner(model, mesh, reduce=optimizer.route)
+    engine = Engine(model, owner, ShardedOptimizer(optimizer, owner))
+    with CommLog(mesh) as log:
+        for step in range(3):
+            torch.manual_seed(10 * step + rank)
+            engine.backward(model(torch.randn(8, 64)).square().mean())
+            engine.step()
+    signs = {row.op: row for row in log.summary().rows if row.codec == "SignRows"}
+    assert set(signs) == {"all_to_all", "all_gather"}
+    for row in signs.values():
+        assert row.logical_bytes == row.calls * 4 * 64 * 64
+        assert row.wire_bytes < row.logical_bytes / 25

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from ds_comm.agreement import refuse_disagreement, settings_of
+from ds_comm.log import FSDP_AXIS
 from ds_comm.wire_rows import NotFiniteError, RowCodec
 from ds_core.ground.codec import gather_coded, reduce_coded
 from ds_core.ground.collectives import TorchCommunicator, WireLog
@@ -69,8 +70,8 @@ class Wires:
 
     def over(self, group: ProcessGroup, device: torch.device) -> TorchCommunicator:
         if group not in self._known:
-            lane = lane_of("fsdp", group)
-            self._known[group] = TorchCommunicator(group, device, log=self._log, axis="fsdp", lane=lane)
+            lane = lane_of(FSDP_AXIS, group)
+            self._known[group] = TorchCommunicator(group, device, log=self._log, axis=FSDP_AXIS, lane=lane)
         return self._known[group]
 
 
