@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_core.setup.plugins import find
+from ds_core.setup.source import read_layer
 from ds_core.state.owner import owner_of
 from ds_core.state.unit import FlatUnit
 from ds_core.train.optim import ShardedOptimizer, optimizers_of
@@ -71,8 +73,7 @@ _INIT: dict[str, tuple[tuple[Any, ...], str]] = {
     "pin_memory": ((None, False), "parameters have no host memory while a model is built"),
     "mpu": ((None,), "give the mesh to `Zero(...).shard(model, mesh)`"),
     "zero_param_parallel_group": ((None,), "secondary shards are made when the model is sharded"),
-    "zero_quantized_weights": ((None, False), "give a codec: `Zero(...).shard(model, gather=codec)`"),
-    "zero_quantized_nontrainable_weights": ((None, False), "quantise frozen parameters before sharding"),
+    "zero_quantized_nontrainable_weights": ((None, False), "zero_quantized_weights codes frozen ones too"),
     "param_swapper": ((None,), "give a store: `Zero(...).shard(model, store=store)`"),
 }
 
@@ -96,13 +97,29 @@ def Init(
         raise ValueError(
             "zero.Init cannot take module: a model that is there is cut by `Zero(stage=3).shard(model)`"
         )
+    _check_quantized(others.pop("zero_quantized_weights", None), config_dict_or_path or config)
     for name, value in others.items():
         if name not in _INIT:
-            raise TypeError(f"zero.Init has no argument {name!r}; it has {', '.join(sorted(_INIT))}")
+            known = ", ".join(sorted([*_INIT, "zero_quantized_weights"]))
+            raise TypeError(f"zero.Init has no argument {name!r}; it has {known}")
         without_effect, reason = _INIT[name]
         if not any(value is allowed or value == allowed for allowed in without_effect):
             raise ValueError(f"zero.Init cannot take {name}={value!r}: {reason}")
     return materialize(dtype=dtype, enabled=enabled)
+
+
+def _check_quantized(given: Any, config: Any) -> None:
+    """Weights are quantised on their way where the model is sharded, as the config says: it must say so."""
+    if given in (None, False):
+        return
+    if find("route", "quantized_weights") is None:
+        raise ValueError("zero.Init(zero_quantized_weights=True) needs ds-comm: pip install ds-comm")
+    said = {} if config is None else read_layer(config).values.get("zero_optimization", {})
+    if said.get("zero_quantized_weights") is not True:
+        raise ValueError(
+            "zero.Init cannot take zero_quantized_weights=True alone: say it in the config that Init and "
+            "initialize() are given, or `Zero(stage=3).shard(model, gather=ds_comm.QuantizedWeights(codec))`"
+        )
 
 
 @contextlib.contextmanager

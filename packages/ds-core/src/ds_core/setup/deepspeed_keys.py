@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ds_core.setup.deepspeed_loco import as_loco
 from ds_core.setup.deepspeed_zenflow import as_zenflow
 from ds_core.setup.readers import (
     Reader,
@@ -186,9 +187,9 @@ _ZERO = (
     _moot("round_robin_gradients", as_bool, False, "flat cuts already give every rank an equal part"),
     _always("parameter_alignment", False, "where shards are cut follows from the optimizer"),
     _works("zero_hpz_partition_size", whole(1), 1, "Zero(secondary_shard) on Topology(dp_shard)"),
-    _always("zero_quantized_weights", False, "a quantised gather", "ds-comm"),
-    _always("zero_quantized_nontrainable_weights", False, "a quantised gather", "ds-comm"),
-    _always("zero_quantized_gradients", False, "a quantised reduce", "ds-comm"),
+    _works("zero_quantized_weights", as_bool, False, "QuantizedWeights(Int8()), in two hops"),
+    _always("zero_quantized_nontrainable_weights", False, "zero_quantized_weights codes frozen ones too"),
+    _works("zero_quantized_gradients", as_bool, False, "TwoHop(Int4(), Int4())"),
     _moot("memory_efficient_linear", as_bool, True, "linear layers never keep gathered weights"),
     _moot("pipeline_loading_checkpoint", as_bool, False, "checkpoints are always read in a stream"),
     _moot("override_module_apply", as_bool, True, "Module.apply is never replaced"),
@@ -201,7 +202,7 @@ _ZERO = (
     _works("leaf_module.name_suffixes", as_names, [], "Zero(leaves)"),
     _works("mics_shard_size", whole(-1), -1, "Topology(dp_shard)"),
     _always("mics_hierarchical_params_gather", False, "two-level gathers", "ds-comm"),
-    _refused("zeropp_loco_param", "error feedback on quantised gradients", "ds-comm"),
+    _works("zeropp_loco_param", as_loco, None, "LoCo(TwoHop(Int4(), Int4()), beta, reset_steps)"),
 )  # fmt: skip
 
 _MONITORS = (

@@ -99,6 +99,15 @@ class Offload(Config):
         return {"type": "tiered", **chosen}
 
 
+class Wire(Config):
+    """What travels quantised, as ZeRO++ does. `loco`: how errors are fed back; `marks`: NaN gets through."""
+
+    weights: bool = False
+    gradients: bool = False
+    loco: Mapping[str, Any] | None = None
+    marks: bool = False
+
+
 class Plan(Config):
     """Everything `initialize` builds from. Made by `deepspeed_json.translate`."""
 
@@ -115,6 +124,7 @@ class Plan(Config):
     max_norm: float | None = 1.0
     zero: Zero = Zero()
     offload: Offload | None = None
+    wire: Wire | None = None
     cpu_checkpointing: bool = False
     node_ranks: int | None = None  # ranks that shard among them, where that is not all
     optimizer: Named | None = None
