@@ -138,8 +138,9 @@ def test_the_late_rank_is_named(rank: int, world: int) -> None:
     assert late.share > 0.5
     assert late.late_ms[1] > max(late.late_ms[0], late.late_ms[2]) + 5
     assert "1: " in str(log.summary(stragglers=True))
-    again = log.summary(stragglers=True)  # the exchange itself is not in it
-    assert [row.calls for row in again.rows] == [row.calls for row in log.summary().rows]
+    with CommLog(engine.owner.mesh) as again:  # the exchange itself is not in it
+        again.summary(stragglers=True)
+        assert again.summary(stragglers=True).rows == ()
 
 
 @distributed(2)
