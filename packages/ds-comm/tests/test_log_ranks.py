@@ -268,3 +268,20 @@ def test_momenta_as_signs_say_what_their_bytes_stand_for(rank: int, world: int) 
     for row in signs.values():
         assert row.logical_bytes == row.calls * 4 * 64 * 64
         assert row.wire_bytes < row.logical_bytes / 25
+
+
+@distributed(2)
+def test_real_collectives_are_judged_against_a_plain_bandwidth(rank: int, world: int) -> None:
+    """A wire of a terabyte a second needs no int8, one of ten kilobytes does; both numbers are real."""
+    mesh = Topology().build()
+    comm, full, out = mesh.communicator("dp_shard"), torch.randn(1 << 17), torch.empty(1 << 16)
+    for bandwidth, end in ((1e12, "does not pay here, send plain"), (1e4, "compression pays")):
+        with CommLog(mesh, plain_bandwidth={"dp_shard": bandwidth}) as log:
+            for _ in range(12):
+                reduce_coded(comm, Int8(), out, full, scale=0.5, accumulate=False).wait()
+                log.end_step()
+        (finding,) = log.summary().findings
+        assert finding.startswith("dp_shard: Int8 took ")
+        assert finding.endswith(end)
+        plain_ms = 1e3 * full.nbytes / 2 / bandwidth
+        assert f"the same 524.29 kB plain would take {plain_ms:.3f} ms" in finding

@@ -57,8 +57,12 @@ def use_codecs(
 
 
 def _is_unit(module: Any) -> bool:
-    """A module of a group that was cut together has no parameters of its own to move."""
-    return isinstance(module, FSDPModule) and len(module._get_fsdp_state()._fsdp_param_groups) == 1
+    """Of modules that were cut together only the first moves parameters; older torch knows one group."""
+    if not isinstance(module, FSDPModule):
+        return False
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    return bool(groups) if groups is not None else getattr(state, "_fsdp_param_group", None) is not None
 
 
 class Wires:
