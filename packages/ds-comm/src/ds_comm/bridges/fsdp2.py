@@ -36,7 +36,7 @@ def use_codecs(
     """
     if gather is None and reduce is None:
         raise ValueError("no codec given; allowed: gather=, reduce=, or both")
-    units = [(name or "the root", module) for name, module in model.named_modules() if _is_unit(module)]
+    units = _units(model)
     if not units:
         raise ValueError("no module of this model went through fully_shard; cut it first, then choose codecs")
     mesh = mesh or Topology().build()
@@ -56,13 +56,16 @@ def use_codecs(
     return len(units)
 
 
-def _is_unit(module: Any) -> bool:
-    """Of modules that were cut together only the first moves parameters; older torch knows one group."""
-    if not isinstance(module, FSDPModule):
-        return False
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    return bool(groups) if groups is not None else getattr(state, "_fsdp_param_group", None) is not None
+def _units(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, module), one of each group that was cut together; a module without parameters moves none."""
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # older torch keeps one, or none
+            if groups if groups is not None else getattr(state, "_fsdp_param_group", None):
+                found.setdefault(id(state), (name or "the root", module))
+    return list(found.values())
 
 
 class Wires:
