@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_comm.agreement import refuse_disagreement
 from ds_comm.wire_rows import NotFiniteError, RowCodec
+from ds_core.ground.listener import Coding
 from ds_core.ground.texts import exchange
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec, Communicator
@@ -92,24 +93,37 @@ def read(codec: Codec, wire: Tensor, out: Tensor, *, accumulate: bool = False) -
 
 
 def spread(
-    hops: Hops, codec: Codec, mine: Tensor, numel: int, put: Callable[[Tensor, int], None], about: str
+    hops: Hops,
+    codec: Codec,
+    mine: Tensor,
+    numel: int,
+    put: Callable[[Tensor, int], None],
+    *,
+    dtype: torch.dtype,
+    about: str,
 ) -> Ticket:
     """Every rank's coded row [wire bytes] to every rank: once between nodes, and on inside each.
 
     `put` is given the rows of place j in every node, [nodes, wire bytes], and j, once all have been looked
-    at.
+    at. `dtype`: in which the values would travel without a codec, for the communication log.
     """
     nodes, places, width = hops.across.world, hops.node.world, mine.numel()
     column = hops.across.allocate(nodes * width, torch.uint8) if nodes > 1 else mine
-    first = hops.across.all_gather(column, mine, about=about) if nodes > 1 else Ticket()
+    plain = nodes * numel * dtype.itemsize
+    with Coding(hops.across, codec, plain).sending():
+        first = hops.across.all_gather(column, mine, about=about) if nodes > 1 else Ticket()
+    inside = Coding(hops.node if places > 1 else hops.across, codec, places * plain)
 
     def second() -> None:
         rows = hops.node.allocate(places * nodes * width, torch.uint8) if places > 1 else column
         if places > 1:
-            hops.node.all_gather(rows, column, about=about).wait()
-        refuse(codec, rows.view(-1, width), numel)
-        for place, part in enumerate(rows.view(places, nodes, width)):
-            put(part, place)
+            with inside.sending():
+                ticket = hops.node.all_gather(rows, column, about=about)
+            ticket.wait()
+        with inside.decoding():
+            refuse(codec, rows.view(-1, width), numel)
+            for place, part in enumerate(rows.view(places, nodes, width)):
+                put(part, place)
 
     return Ticket([first], keepalive=(column, mine), finish=second)
 

@@ -15,6 +15,7 @@ from ds_comm.server_errors import ServerErrors
 from ds_comm.signs_wire import MomentumWire, SignRows, plan_chunks
 from ds_comm.spoilt import SpoiltMomenta
 from ds_core.ground.codec import reduce_coded
+from ds_core.ground.listener import Coding
 from ds_core.ground.ticket import Ticket
 from ds_core.state.layout import BucketLayout
 from ds_core.state.owner import FlatOwner
@@ -134,8 +135,11 @@ class MomentumRoute:
         comm, rows = owner.comm, SignRows.of(self._layouts[unit.key].shard_numel, self._wire)
         sent = comm.allocate(comm.world * rows.width, torch.uint8)
         received = comm.allocate(comm.world * rows.width, torch.uint8)
-        self._pack(unit, rows, value, errors, sent)
-        ticket = comm.all_to_all(received, sent, about=unit.about)
+        coding = Coding(comm, rows, comm.world * rows.each * unit.dtype.itemsize)
+        with coding.encoding():
+            self._pack(unit, rows, value, errors, sent)
+        with coding.sending():
+            ticket = comm.all_to_all(received, sent, about=unit.about)
         self._flying.add(unit.key)
 
         @torch.no_grad()
@@ -144,12 +148,16 @@ class MomentumRoute:
             owner.changes.open()
             error, mine = server.of(unit), comm.allocate(rows.width, torch.uint8)
             mean = torch.empty(rows.each, device=unit.device)
-            rows.sum(received, mean, factor=1.0 / comm.world)
-            rows.pack_(mean, error, mine)
+            with coding.decoding():
+                rows.sum(received, mean, factor=1.0 / comm.world)
+            with coding.encoding():
+                rows.pack_(mean, error, mine)
             server.clean(unit)
             self._masks.apply_(unit, error, comm.rank * rows.each)
             everybody = comm.allocate(comm.world * rows.width, torch.uint8)
-            comm.all_gather(everybody, mine, about=unit.about).wait()
+            with coding.sending():
+                spread = comm.all_gather(everybody, mine, about=unit.about)
+            spread.wait()
             if not bool(torch.isfinite(rows.scales(everybody)).all()):
                 errors.of(unit).zero_()
                 error.zero_()
