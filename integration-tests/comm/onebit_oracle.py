@@ -189,7 +189,7 @@ class AdamOracle(Oracle):
         for each in sent:
             each[~unit.used] = 0
         unit.m = unit.mean_of_signs(sent)
-        update = unit.m / (unit.v.sqrt() + self.eps)
+        update = (unit.m / (unit.v.sqrt() + self.eps)).clamp(-1.0, 1.0)  # Adam's own, with these betas
         update[unit.v == 0] = 0
         unit.values *= 1 - self.lr * self.decay
         unit.values.add_(update, alpha=-self.lr / (1 - beta1**self.steps))
@@ -252,13 +252,16 @@ class ZeroOneOracle(Oracle):
                 self.ms[rank][at] = torch.where(unit.used, mine, 0.0)
         variance = unit.v / (1 - beta2**self.refreshed)
 
-        def direction(momentum: Tensor) -> Tensor:
-            return torch.where(unit.v == 0, 0.0, momentum / (variance.sqrt() + self.eps))
+        def direction(momentum: Tensor, limit: float = 1.0) -> Tensor:
+            found = (momentum / (variance.sqrt() + self.eps)).clamp(-limit, limit)
+            return torch.where(unit.v == 0, 0.0, found)
 
         if kind == "local":
             for rank in workers:
                 self.us[rank][at].add_(self.ms[rank][at], alpha=gamma)
-                self.x[rank][at] = unit.values * (self.kept * keep) - direction(self.us[rank][at])
+                self.x[rank][at] = unit.values * (self.kept * keep) - direction(
+                    self.us[rank][at], self.length + gamma
+                )
             return
         if kind == "signs":
             sent = [self.ms[rank][at] for rank in workers]
@@ -335,6 +338,7 @@ class LambOracle(Oracle):
             fresh = self.fresh[name].view(shape)
             fresh.mul_(beta2).addcmul_(implied, implied, value=1 - beta2)
             alone = m / (1 - beta1**self.steps) / (v.sqrt() + self.eps)
+            alone = alone.clamp(-1.0, 1.0)
             alone[v == 0] = 0
             update = alone.add(x, alpha=self.decay)
             factor = ((v.sqrt() + self.eps) / (fresh.sqrt() + self.eps)).max()
