@@ -343,3 +343,25 @@ def test_fp16_is_refused() -> None:
     model = CASES["mlp"].build().to(torch.bfloat16)
     with pytest.raises(ValueError, match="masters, and momenta need fp32 ones"):
         join(model, adam(model))
+
+
+@distributed(world_size=2)
+def test_no_element_moves_farther_than_adam_could_move_it() -> None:
+    """A row that had one tiny gradient shares a scale with large ones: unbounded, it would be thrown away."""
+    torch.manual_seed(0)
+    model = nn.Embedding(4, 16)
+    optimizer = adam(model, wire=MomentumWire(block=None), lr=1e-3)
+    join(model, optimizer)
+    for step in range(6):
+        if step == 2:
+            before = model.weight.detach().clone()
+        rare = 1e-12 if step == 0 else 0.0
+        out = model(torch.arange(4))
+        (out[:3].square().sum() + (out[3] * rare).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = (model.weight.detach() - before).abs()
+    (state,) = optimizer.state.values()
+    free = state["exp_avg"][3] / (state["exp_avg_sq"][3].sqrt() + 1e-8)
+    assert float(free.abs().min()) > 100.0  # what it would have been, in learning rates
+    assert float(moved.max()) <= 4 * 1e-3 / (1 - 0.9**3) * (1 + 1e-6)
