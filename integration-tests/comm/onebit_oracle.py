@@ -63,6 +63,19 @@ class FlatOracle:
         self.worker = [torch.zeros(self.padded) for _ in range(self.world)]
         self.server = torch.zeros(self.padded)
 
+    def in_units(self, sent: Sequence[Tensor]) -> Tensor:
+        """As `mean_of_signs`, sent in units of a power of two near the variance's root."""
+        exponent = torch.frexp(self.v).exponent
+        unit = torch.tensor([2.0 ** (int(e) // 2) for e in exponent.tolist()])
+        alive = self.v > 0
+        errors = [*self.worker, self.server]
+        for error in errors:
+            error.copy_(torch.where(alive, error / unit, 0.0))
+        found = self.mean_of_signs([torch.where(alive, each / unit, 0.0) for each in sent])
+        for error in errors:
+            error.copy_(torch.where(alive, error * unit, 0.0))
+        return torch.where(alive, found * unit, 0.0)
+
     def mean_of_signs(self, sent: Sequence[Tensor]) -> Tensor:
         """Two hops over what every worker has to send, [padded] each, with both errors."""
         mean = torch.zeros(self.padded)
@@ -188,7 +201,7 @@ class AdamOracle(Oracle):
         sent = [total(micros) * (1 - beta1) + beta1 * unit.m for micros in grads]
         for each in sent:
             each[~unit.used] = 0
-        unit.m = unit.mean_of_signs(sent)
+        unit.m = unit.in_units(sent)
         update = (unit.m / (unit.v.sqrt() + self.eps)).clamp(-1.0, 1.0)  # Adam's own, with these betas
         update[unit.v == 0] = 0
         unit.values *= 1 - self.lr * self.decay
@@ -267,7 +280,7 @@ class ZeroOneOracle(Oracle):
             sent = [self.ms[rank][at] for rank in workers]
             if self.alone:
                 sent = [(m * gamma + self.us[r][at]) / (self.length + gamma) for r, m in enumerate(sent)]
-            unit.m = unit.mean_of_signs(sent)
+            unit.m = unit.in_units(sent)
         if self.alone:
             step = direction(unit.m) * (self.length + gamma)
             unit.values = unit.values * (self.kept * keep) - step

@@ -27,6 +27,7 @@ class CompressedOptimizer(Optimizer):
     """
 
     route: MomentumRoute
+    preconditions = True
 
     @property
     def mode(self) -> Mode:
@@ -50,6 +51,10 @@ class CompressedOptimizer(Optimizer):
 
     def momentum(self, piece: Piece) -> Tensor:
         found: Tensor = self.state_of(piece.param)["exp_avg"]
+        return found
+
+    def variance(self, piece: Piece) -> Tensor:
+        found: Tensor = self.state_of(piece.param)["exp_avg_sq"]
         return found
 
     def before_sending_(self, unit: FlatUnit, value: Tensor, *, again: bool) -> None:

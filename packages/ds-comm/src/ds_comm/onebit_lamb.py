@@ -61,6 +61,7 @@ class OnebitLamb(CompressedOptimizer):
     """
 
     elementwise = False
+    preconditions = False  # layers have scales instead
 
     def __init__(
         self,
