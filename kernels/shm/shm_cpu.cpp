@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <climits>
+#include <type_traits>
 
 #include "board.h"
 #include "chunks.h"
@@ -128,13 +129,13 @@ DS_EXPORT int ds_shm_enter(DsShmCall* call) {
   return -1;
 }
 
-DS_EXPORT void ds_shm_leave(const DsShmCall* call) {
+// `finished`: what was entered has been read, and the owners of the memory may use it again; else it is let go only.
+DS_EXPORT void ds_shm_leave(const DsShmCall* call, int32_t finished) {
+  if (finished) call->boards[call->rank]->done.store(call->number, std::memory_order_release);
   for (int r = 0; r < call->world; ++r) {
     if (r != call->rank) call->boards[r]->of(call->number).gate.fetch_sub(1, std::memory_order_release);
   }
 }
-
-DS_EXPORT void ds_shm_done(ds::Board* mine, uint64_t number) { mine->done.store(number, std::memory_order_release); }
 
 // The number up to which every rank, this one too, has finished.
 DS_EXPORT uint64_t ds_shm_read_by_all(ds::Board* const* boards, int32_t world) {
@@ -152,31 +153,38 @@ DS_EXPORT void ds_shm_close(ds::Board* mine) {
   wake(mine->issued);
 }
 
-// The caller takes its memory back: copy what it holds to `offset` and point readers there. 0 done, 1 a peer reads it now.
-DS_EXPORT int ds_shm_withdraw(ds::Board* mine, uint64_t number, char* segment, uint64_t offset, int64_t spin_ns) {
+// The caller takes its memory back: if not all have read it, copy what it holds to `offset` and point the others there.
+// 0: done. 1: a peer reads it now.
+DS_EXPORT int ds_shm_withdraw(const DsShmCall* call, uint64_t number, uint64_t offset, int64_t spin_ns) {
   using namespace ds;
-  Entry& entry = mine->of(number);
+  Entry& entry = call->boards[call->rank]->of(number);
   const auto shut = [&] {
     uint32_t nobody = 0;
     return entry.gate.compare_exchange_strong(nobody, kMoving, std::memory_order_acquire);
   };
   if (!spin(spin_ns, shut)) return 1;
-  std::memcpy(segment + offset, segment + entry.offset, entry.bytes);
-  entry.offset = offset;
-  if (entry.layout == kShared) entry.layout = kWhole;
+  if (ds_shm_read_by_all(call->boards, call->world) < number) {
+    std::memcpy(call->segments[call->rank] + offset, call->segments[call->rank] + entry.offset, entry.bytes);
+    entry.offset = offset;
+    if (entry.layout == kShared) entry.layout = kWhole;
+  }
   entry.gate.fetch_and(~kMoving, std::memory_order_release);
   return 0;
 }
 
-DS_EXPORT void ds_shm_copy(void* to, const void* from, int64_t bytes, int32_t threads) {
+// To one place, or to two while it is in the cache (`also` may be null).
+DS_EXPORT void ds_shm_copy(void* to, void* also, const void* from, int64_t bytes, int32_t threads) {
   using namespace ds;
-  if (bytes <= kAlone || threads < 2) {
-    if (bytes) std::memcpy(to, from, bytes);
-    return;
-  }
-  over_ranges(bytes, kCopyPiece, threads, [&](int64_t begin, int64_t end) {
+  const auto piece = [&](int64_t begin, int64_t end) {
     std::memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
-  });
+    if (also) std::memcpy(static_cast<char*>(also) + begin, static_cast<const char*>(from) + begin, end - begin);
+  };
+  if (!bytes) return;
+  if (!also && (bytes <= kAlone || threads < 2)) {
+    piece(0, bytes);
+  } else {
+    over_ranges(bytes, kCopyPiece, bytes <= kAlone ? 1 : threads, piece);
+  }
 }
 
 // out[begin:end] = factor * the sum of call->places, in rank order.

@@ -37,13 +37,20 @@ def alone(comm: TorchCommunicator) -> None:
     comm.lane = fabric._flow.lane
 
 
-def in_dev_shm() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+def mappings(process: str = "self") -> list[str]:
+    """Mappings of shared memory of a process, with the number of each one's file."""
+    try:
+        lines = Path(f"/proc/{process}/maps").read_text().splitlines()
+    except OSError:  # it has gone meanwhile
+        return []
+    return [line for line in lines if "/dev/shm" in line or "ds-shm" in line]
 
 
 def dies(rank: int, folder: str) -> None:
     comm = wire()
     alone(comm)
+    assert not any("/dev/shm" in line for line in mappings())
+    (Path(folder) / f"files-{rank}").write_text("\n".join(line.split()[4] for line in mappings()))
     comm.all_reduce(comm.allocate(1000, torch.float32).zero_()).wait()
     if rank == 1:
         ticket = comm.all_reduce(torch.ones(300_000), about="the bias")  # shown, and never finished
@@ -62,14 +69,16 @@ def dies(rank: int, folder: str) -> None:
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_a_killed_rank_is_named_and_leaves_nothing(tmp_path: Path, world: int) -> None:
-    before = in_dev_shm()
     with pytest.raises(RankFailure, match="SIGKILL"):
         run_ranks(dies, world, folder=str(tmp_path))
     for rank in {*range(world)} - {1}:
         took, *said = (tmp_path / str(rank)).read_text().splitlines()
         assert float(took) < 2
         assert "rank 1" in "\n".join(said), said
-    assert in_dev_shm() <= before
+    files = {file for each in tmp_path.glob("files-*") for file in each.read_text().split()}
+    assert len(files) == world
+    everywhere = [line for entry in os.listdir("/proc") if entry.isdigit() for line in mappings(entry)]
+    assert not [line for line in everywhere if line.split()[4] in files]
 
 
 @distributed(world_size=2)
@@ -202,7 +211,6 @@ def resident() -> int:
 
 @distributed(world_size=2)
 def test_a_thousand_collectives_leave_nothing(rank: int, world: int) -> None:
-    shared = in_dev_shm()
     comm = wire()
 
     def some(count: int) -> None:
@@ -218,7 +226,7 @@ def test_a_thousand_collectives_leave_nothing(rank: int, world: int) -> None:
     some(450)
     assert len(os.listdir("/proc/self/fd")) == files
     assert resident() - memory < 4 << 20
-    assert in_dev_shm() <= shared
+    assert len(mappings()) == world
     ours = sum("ds-shm" in os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink())
     assert ours > 0
     for _ in range(5):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_comm.shm_flow import LOOK_NS, Flow, Op, Peer, Places
+from ds_comm.shm_flow import LOOK_NS, Flow, Op, Peer, Places, Shows
 from ds_comm.shm_memory import PeerSegment, Segment, host_name, process_start
 from ds_core.ground.collectives import sum_chunks
 from ds_core.ground.flight import Flight, Lane
@@ -47,16 +47,14 @@ class ShmFabric:
     def all_gather(self, out: Tensor, shard: Tensor, flight: Flight) -> Op:
         base, size = _address(out), shard.nbytes
         own = base + self.rank * size
-        if own != shard.data_ptr():
-            out.view(self.world, -1)[self.rank].copy_(shard)
-        _address(shard)
-        return self._flow.issue(flight, shard, self._fill(base, size), (out,), own=own)
+        also = None if _address(shard) == own else own
+        return self._flow.issue(flight, shard, self._fill(base, size), (out,), own=own, also=also)
 
     def all_to_all(self, out: Tensor, src: Tensor, flight: Flight) -> Op:
         base, size = _address(out), src.nbytes // self.world
         own = _address(src) + self.rank * size
         self._flow.copy(base + self.rank * size, own, size)
-        return self._flow.issue(flight, src, self._fill(base, size), (out,), own=own, parts=True)
+        return self._flow.issue(flight, src, self._fill(base, size), (out,), own=own, shows=Shows.PARTS)
 
     def broadcast(self, tensor: Tensor, flight: Flight, *, root: int) -> Op:
         base, size = _address(tensor), tensor.nbytes
@@ -85,7 +83,7 @@ class ShmFabric:
                 self._sum(out.data_ptr(), out.dtype, dtype, (0, out.numel()), scale)
                 _written(out)
 
-        return self._flow.issue(flight, full, read, (out, full), own=own, parts=True)
+        return self._flow.issue(flight, full, read, (out, full), own=own, shows=Shows.PARTS)
 
     def all_reduce(self, tensor: Tensor, flight: Flight, *, op: str) -> Op:
         base, dtype = _address(tensor), tensor.dtype
@@ -99,7 +97,7 @@ class ShmFabric:
                 self._sum(base, dtype, dtype, (0, tensor.numel()))
             _written(tensor)
 
-        return self._flow.issue(flight, tensor, read, (tensor,), own=base, changed=True)
+        return self._flow.issue(flight, tensor, read, (tensor,), own=base, shows=Shows.SUM)
 
     def _all_reduce_any(self, tensor: Tensor, flight: Flight, kind: str) -> Op:
         """Maxima, and sums of what only torch can add."""
@@ -113,7 +111,7 @@ class ShmFabric:
             else:
                 sum_chunks(flat, found, scale=1.0, accumulate=False)
 
-        return self._flow.issue(flight, tensor, read, (tensor,), own=flat.data_ptr(), copied=True)
+        return self._flow.issue(flight, tensor, read, (tensor,), own=flat.data_ptr(), shows=Shows.COPY)
 
     def _fill(self, base: int, size: int) -> Callable[[Op, Places], None]:
         """`size` bytes from each of the others, to where that rank's come in what begins at `base`."""

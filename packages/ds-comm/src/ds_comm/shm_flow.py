@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -19,10 +20,20 @@ from ds_kernels.shm import MOVING, PARTS, SHARED, THERE, WHOLE, Call, ShmLibrary
 
 LOOK_NS = 50_000_000  # how often a wait looks whether the others live and the job goes on
 _SPIN_NS = 50_000  # ranks come a few microseconds apart; after that the core is left to others
-_MOVE_AFTER_NS = 100_000  # how long memory that its owner wants back is left where it is
+_MOVE_AFTER_NS = 100_000  # how long memory that its owner wants back is left where it is: at least this,
+_MOVED_PER_NS = 8  # or what copying so many bytes takes, so that waiting never costs more than twice the best
 _OUTSTANDING = 512  # collectives without a wait before the oldest is finished unasked; half of kRing
 
 Places = ctypes.Array[ctypes.c_uint64]  # where each rank's bytes are
+
+
+class Shows(Enum):
+    """What a rank shows of its tensor."""
+
+    WHOLE = "every peer reads all of it"
+    PARTS = "every rank reads one part"
+    SUM = "all write the sum over it: finishing needs nobody's memory any more"
+    COPY = "every peer reads all of a copy, for this rank writes over its own"
 
 
 @dataclass(slots=True)
@@ -102,14 +113,12 @@ class Flow:
         tensors: tuple[Tensor, ...],
         *,
         own: int,
-        parts: bool = False,
-        changed: bool = False,
-        copied: bool = False,
+        shows: Shows = Shows.WHOLE,
+        also: int | None = None,
     ) -> Op:
-        """Show the others this rank's bytes, where they are or, if they must be `copied`, elsewhere.
+        """Show the others this rank's bytes, where they are or elsewhere.
 
-        `read` is called once all ranks have issued theirs. `parts`: each rank reads one part of `source`.
-        `changed`: what is read is also what is written.
+        `read` is called once all ranks have issued theirs. `also`: an address where `source` is wanted too.
         """
         with self._issuing:
             self.usable()
@@ -117,34 +126,52 @@ class Flow:
                 self.finish(self._pending[0])
             number = self._number + 1
             size = 0 if source is None else source.nbytes
-            lent = None if source is None or copied or not size else self._segment.find(source.data_ptr())
+            kept = source is None or not size or shows is Shows.COPY
+            lent = None if source is None or kept else self._segment.find(source.data_ptr())
             if source is not None and lent is not None:
                 lent.last_use = number
                 shown, layout = source.data_ptr(), SHARED
-                tensors = tuple(tensor for tensor in tensors if changed or tensor is not source)
+                tensors = tuple(tensor for tensor in tensors if shows is Shows.SUM or tensor is not source)
+                if also is not None:
+                    self.copy(also, shown, size)
             else:
-                shown, layout = self._write_down(source, parts, number)
-            part_bytes = size // self.world if parts else 0
-            op = Op(self, flight, number, own, shown, part_bytes, read, tensors, None if changed else lent)
+                shown, layout = self._write_down(source, shows, number, also)
+            part_bytes = size // self.world if shows is Shows.PARTS else 0
+            op = Op(
+                self,
+                flight,
+                number,
+                own,
+                shown,
+                part_bytes,
+                read,
+                tensors,
+                None if shows is Shows.SUM else lent,
+            )
             mine = self._segment.address
             self.library.publish(mine, number, flight.tag, shown - mine, size, layout)
             self._number = number
             self._pending.append(op)
             return op
 
-    def _write_down(self, source: Tensor | None, parts: bool, number: int) -> tuple[int, int]:
-        """Copy what others read of `source`, without this rank's part if `parts`: (address, layout)."""
+    def _write_down(
+        self, source: Tensor | None, shows: Shows, number: int, also: int | None
+    ) -> tuple[int, int]:
+        """Copy what others read of `source`, so not this rank's own part: (address, layout)."""
         if source is None or not source.nbytes:
             return self._segment.address, WHOLE
         size, start = source.nbytes, source.data_ptr()
-        part = size // self.world if parts else 0
+        part = size // self.world if shows is Shows.PARTS else 0
         block = self._segment.take(size - part, self._read_by_all())
         block.last_use = number
         self._segment.give(block)
         to, before = self._segment.address + block.start, self.rank * part
+        if shows is not Shows.PARTS:
+            self.copy(to, start, size, also=also)
+            return to, WHOLE
         self.copy(to, start, before)
         self.copy(to + before, start + before + part, size - part - before)
-        return to, PARTS if parts else WHOLE
+        return to, PARTS
 
     def finish(self, op: Op) -> None:
         """Finish `op` and every earlier one. Raises: RuntimeError as `Fabric` says; DesyncError."""
@@ -181,16 +208,17 @@ class Flow:
         if status != THERE:
             other = self.lane.ranks[status]
             raise RuntimeError(f"rank {other} issued something else in place of {self._what(op)}")
+        finished = False
         try:
             op.read(op, self.places)
+            finished = True
         finally:
-            library.leave(ctypes.byref(call))
-        library.done(self._segment.address, op.number)
+            library.leave(ctypes.byref(call), finished)
 
     def _take_back(self, op: Op, lent: Block) -> None:
         """The caller may now write to what peers have yet to read: leave them a copy."""
         op.lent = None
-        until = time.perf_counter_ns() + _MOVE_AFTER_NS
+        until = time.perf_counter_ns() + max(_MOVE_AFTER_NS, lent.nbytes // _MOVED_PER_NS)
         while self._read_by_all() < op.number:
             if time.perf_counter_ns() > until:
                 break
@@ -200,8 +228,7 @@ class Flow:
         block = self._segment.take(lent.nbytes, self._read_by_all())
         block.last_use = op.number
         self._segment.give(block)
-        mine = self._segment.address
-        while self.library.withdraw(mine, op.number, mine, block.start, LOOK_NS):
+        while self.library.withdraw(ctypes.byref(self.call), op.number, block.start, LOOK_NS):
             self.look(op, end, "a rank did not come to an end with")
 
     def look(self, op: Op, end: float, late: str) -> None:
@@ -229,9 +256,10 @@ class Flow:
         if self._broken:
             raise RuntimeError(self._broken)
 
-    def copy(self, to: int, source: int, size: int) -> None:
+    def copy(self, to: int, source: int, size: int, *, also: int | None = None) -> None:
+        """`size` bytes to one place, or to two at once."""
         if size:
-            self.library.copy(to, source, size, torch.get_num_threads())
+            self.library.copy(to, also, source, size, torch.get_num_threads())
 
     def close(self) -> None:
         """Peers keep what was issued, and tensors their memory; what is waited for now raises."""

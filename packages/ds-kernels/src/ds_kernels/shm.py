@@ -43,12 +43,11 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     ),
     "await": (_int, (_pointer, ctypes.c_uint64, _long, _long)),
     "enter": (_int, (_pointer,)),
-    "leave": (None, (_pointer,)),
-    "done": (None, (_pointer, ctypes.c_uint64)),
+    "leave": (None, (_pointer, _int)),
     "read_by_all": (ctypes.c_uint64, (_pointer, _int)),
     "close": (None, (_pointer,)),
-    "withdraw": (_int, (_pointer, ctypes.c_uint64, _pointer, ctypes.c_uint64, _long)),
-    "copy": (None, (_pointer, _pointer, _long, _int)),
+    "withdraw": (_int, (_pointer, ctypes.c_uint64, ctypes.c_uint64, _long)),
+    "copy": (None, (_pointer, _pointer, _pointer, _long, _int)),
     "sum": (_int, (_pointer, _pointer, _int, _int, _long, _long, ctypes.c_float)),
     "all_reduce": (_int, (_pointer, _int, _long, _long, _pointer)),
 }
@@ -68,7 +67,7 @@ class ShmLibrary:
             function.restype, function.argtypes = result, list(arguments)
         call = native.handle
         self.board_bytes: int = call.ds_shm_board_bytes()
-        self.publish, self.await_, self.done = call.ds_shm_publish, call.ds_shm_await, call.ds_shm_done
+        self.publish, self.await_ = call.ds_shm_publish, call.ds_shm_await
         self.enter, self.leave, self.close = call.ds_shm_enter, call.ds_shm_leave, call.ds_shm_close
         self.withdraw, self.read_by_all = call.ds_shm_withdraw, call.ds_shm_read_by_all
         self.copy, self.sum, self.all_reduce = call.ds_shm_copy, call.ds_shm_sum, call.ds_shm_all_reduce
