@@ -16,7 +16,7 @@ def test_onebit_adam_learns_as_adamw_does(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "curves"
     main = runpy.run_path(str(PROGRAM))["main"]
-    settings = "--steps 100 --seeds 0 --batch 4 --contenders adamw,onebit-adam".split()
+    settings = ["--steps", "100", "--seeds", "0", "--batch", "4", "--contenders", "adamw,onebit-adam"]
     rows = {row["contender"]: row for row in main([*settings, "--out", str(out)])}
     assert rows["onebit-adam"]["worse_by"] < 0.01
     assert rows["onebit-adam"]["loss"] != rows["adamw"]["loss"]
