@@ -30,7 +30,7 @@ _BRINGS: Mapping[str, Mapping[str, str]] = {
     "ds-offload": {"store": "pinned nvme tiered", "optimizer": "offload_adamw"},
     "ds-comm": {
         "codec": "int8 int4 onebit fp8",
-        "communicator": "coded hierarchical",
+        "communicator": "coded hierarchical shm",
         "optimizer": "onebitadam zerooneadam onebitlamb",
     },
     "ds-moe": {"dispatcher": "alltoall hierarchical"},

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
+from ds_core.ground.collectives import TorchCommunicator
 from ds_core.ground.settings import Origin, Setting, Settings
 from ds_core.state.owner import FlatOwner
 from ds_core.train.optim import ShardedOptimizer
@@ -79,6 +80,9 @@ def _owner(owner: FlatOwner) -> Iterator[Setting]:
     axis = owner.axis if owner.replicas.world == 1 else "data"
     yield Setting("owner.ranks", world, Origin("derived", f"mesh axis {axis}"), "the data axis", world > 1)
     yield Setting("owner.device", str(owner.device), Origin("derived", "the mesh"), "parameters, gradients")
+    if isinstance(owner.everyone, TorchCommunicator):
+        route = owner.everyone.route
+        yield Setting("owner.route", route, Origin("derived", "what all ranks have"), "CPU tensors' way")
     config = getattr(owner, "config", None)
     if isinstance(config, Explained):
         yield from config.settings(world)
