@@ -284,8 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.error(f"--ranks {args.ranks} must be a multiple of --per-node {args.per_node}")
     if args.delay_ms < 0:
         options.error(f"--delay-ms must be 0 or more, got {args.delay_ms:g}")
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    leave_on_signals()
     try:
         network = Network(args.ranks // args.per_node, Link(parse_rate(args.rate), args.delay_ms))
     except ValueError as error:
@@ -302,8 +301,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if outcome.failure else 0
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+def leave_on_signals() -> None:
+    """Let SIGINT, SIGTERM and SIGHUP unwind the main thread, so that a network's `with` ends."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, leave)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """1-bit optimizers as their papers have them: plain torch, all workers in one process, nothing sharded.
 
-What is shared with the real thing are facts, not code: where parameters sit in a unit, and how many ranks cut it.
+Shared with the real thing are facts, not code: where parameters sit in a unit, how many ranks cut it.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class Oracle:
         raise NotImplementedError
 
     def mean(self, unit: FlatOracle, grads: list[list[Tensor]]) -> Tensor:
-        """As the wire sums it: in rank order and the wire's dtype; at stage 0 divided before, at stage 2 every
-        micro batch by itself.
+        """As the wire sums it: in rank order and its dtype; at stage 0 divided before, at stage 2 every micro
+        batch by itself.
         """
         scale = 1.0 / self.world
         if self.stage == 0:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ds_comm import LambCoefficients, MomentumWire, OnebitAdam, OnebitLamb, ZeroOneAdam, ZeroOneSchedule
-from ds_core import ReplicatedOwner, ShardedOptimizer, Topology
+from ds_core import NonFiniteError, ReplicatedOwner, ShardedOptimizer, Topology
 from ds_core.state.owner import FlatOwner
 from ds_core.testing.distributed import run_ranks
 from ds_core.testing.models import CASES
@@ -291,3 +291,28 @@ def test_the_warm_up_of_onebit_lamb_is_lamb() -> None:
 def test_coefficients_that_mean_nothing_are_refused(settings: dict[str, float], wanted: str) -> None:
     with pytest.raises(ValueError, match=wanted):
         LambCoefficients(**settings)
+
+
+def spoilt_alone(rank: int, world: int) -> None:
+    """In a local step only one rank knows; all raise before any weight moves."""
+    model = CASES["mlp"].build()
+    schedule = ZeroOneSchedule(1, local_step_scaler=1, local_step_clipper=64)
+    optimizer = ZeroOneAdam(model.parameters(), lr=1e-5, schedule=schedule)
+    shard(model, optimizer, stage=0)
+    for step in range(4):
+        train("mlp", model, optimizer, [step])
+    assert not optimizer.synced
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    handle = model.head.weight.register_hook(lambda g: g * float("inf") if rank == 1 else g)
+    wanted = "this rank's gradient of head.weight" if rank == 1 else "another rank's gradient"
+    with pytest.raises(NonFiniteError, match=wanted):
+        train("mlp", model, optimizer, [4])
+    handle.remove()
+    optimizer.zero_grad()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    train("mlp", model, optimizer, [5])
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_local_step_with_what_is_not_finite_stops_everywhere() -> None:
+    run_ranks(spoilt_alone, 2)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_comm import MomentumWire, OnebitAdam
+from ds_comm import MomentumWire, OnebitAdam, OnebitLamb, ZeroOneAdam, ZeroOneSchedule
 from ds_core import CheckpointStore, Engine, ShardedOptimizer
 from ds_core.state.layout import plan_layout
 from ds_core.testing.distributed import run_ranks
@@ -26,9 +26,18 @@ from test_onebit import BLOCK, HYPER, hold_equal, own
 CASE = CASES["mlp"]
 
 
-def build(stage: int, dtype: str | None = None) -> Engine:
+def build(stage: int, dtype: str | None = None, kind: str = "adam") -> Engine:
     model = CASE.build()
-    optimizer = OnebitAdam(model.parameters(), freeze_step=2, wire=MomentumWire(block=BLOCK), **HYPER)
+    settings: dict[str, Any] = {"wire": MomentumWire(block=BLOCK), **HYPER}
+    optimizer: Any
+    if kind == "adam":
+        optimizer = OnebitAdam(model.parameters(), freeze_step=2, **settings)
+    elif kind == "lamb":
+        optimizer = OnebitLamb(model.parameters(), freeze_step=2, **settings)
+    else:
+        clipper = 1 if stage else 2
+        schedule = ZeroOneSchedule(2, local_step_scaler=1, local_step_clipper=clipper)
+        optimizer = ZeroOneAdam(model.parameters(), schedule=schedule, **settings)
     owner = own(model, optimizer, stage, dtype)
     return Engine(model, owner, ShardedOptimizer(optimizer, owner))
 
@@ -47,17 +56,24 @@ def whole(engine: Engine) -> dict[str, Tensor]:
     return {f"{unit.key}": unit.values().clone() for unit in engine.owner.trainable}
 
 
-def resumes(rank: int, world: int, stage: int, dtype: str | None, folder: Path) -> None:
-    """Saved after 1 step (warm-up), 2 (the freeze), 3 and 4 (signs); every one of them ends in the same bits."""
-    engine = build(stage, dtype)
-    store = CheckpointStore(folder)
+def resumes(rank: int, world: int, stage: int, dtype: str | None, kind: str, folder: Path) -> None:
+    """Saved after 1 step (warm-up), 2 (the freeze), 3 and 4 (signs): each ends in the same bits."""
+    engine = build(stage, dtype, kind)
+    store, saved = CheckpointStore(folder), []
     for step in range(6):
-        if step in (1, 2, 3, 4):
+        if step and getattr(engine.optimizer.optimizer, "synced", True):
             store.save(step, engine.parts())
+            saved.append(step)
+        elif step:
+            with pytest.raises(
+                RuntimeError, match=r"hold different parameters: save when `optimizer\.synced`"
+            ):
+                engine.optimizer.state_dict()
         go(engine, step, step + 1)
     wanted, state = whole(engine), engine.optimizer.optimizer.state_dict()["state"]
-    for step in (1, 2, 3, 4):
-        again = build(stage, dtype)
+    assert len(saved) >= 3
+    for step in saved:
+        again = build(stage, dtype, kind)
         store.load(again.parts(), step)
         go(again, step, 6)
         for key, value in whole(again).items():
@@ -67,9 +83,50 @@ def resumes(rank: int, world: int, stage: int, dtype: str | None, folder: Path) 
                 assert torch.equal(value, state[number][name]), (step, number, name)
 
 
-@pytest.mark.parametrize(("world", "stage", "dtype"), [(2, 0, None), (2, 1, "bfloat16"), (3, 2, None)])
-def test_any_phase_resumes_to_the_bit(world: int, stage: int, dtype: str | None, tmp_path: Path) -> None:
-    run_ranks(resumes, world, stage=stage, dtype=dtype, folder=tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "world", "stage", "dtype"),
+    [
+        ("adam", 2, 0, None),
+        ("adam", 2, 1, "bfloat16"),
+        ("adam", 3, 2, None),
+        ("lamb", 2, 0, None),
+        ("lamb", 2, 2, "bfloat16"),
+        ("zero one", 2, 0, None),
+        ("zero one", 2, 1, None),
+    ],
+)
+def test_any_phase_resumes_to_the_bit(
+    kind: str, world: int, stage: int, dtype: str | None, tmp_path: Path
+) -> None:
+    run_ranks(resumes, world, stage=stage, dtype=dtype, kind=kind, folder=tmp_path)
+
+
+def from_adamw(world: int, folder: Path) -> None:
+    """AdamW's checkpoint begins a warm-up of its own; 0/1 Adam counts AdamW's steps as refreshes."""
+    model = CASE.build()
+    plain = torch.optim.AdamW(model.parameters(), **HYPER)
+    owner = own(model, SimpleNamespace(route=None, elementwise=True), 1, None)
+    engine = Engine(model, owner, ShardedOptimizer(plain, owner))
+    go(engine, 0, 3)
+    CheckpointStore(folder).save(3, engine.parts())
+    go(engine, 3, 4)
+    for kind in ("adam", "zero one"):
+        again = build(1, None, kind)
+        CheckpointStore(folder).load(again.parts())
+        optimizer: Any = again.optimizer.optimizer
+        if kind == "adam":
+            assert not optimizer.frozen
+            go(again, 3, 4)
+            assert all(torch.equal(value, whole(again)[key]) for key, value in whole(engine).items())
+            go(again, 4, 6)
+            assert optimizer.frozen
+        else:
+            assert (optimizer.steps, optimizer.refreshes) == (3, 3)
+            go(again, 3, 5)
+
+
+def test_adamws_checkpoint_goes_on(tmp_path: Path) -> None:
+    run_ranks(from_adamw, 2, folder=tmp_path)
 
 
 def save(stage: int, folder: Path) -> None:

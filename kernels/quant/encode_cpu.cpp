@@ -1,6 +1,7 @@
 // Quantises rows of floats in blocks: plain C ABI, no torch and no Python header.
 #include <type_traits>
 
+#include "floats512.h"
 #include "narrow.h"
 #include "quant.h"
 

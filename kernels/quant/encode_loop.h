@@ -108,7 +108,7 @@ DS_TARGET static inline Ints codes_of(Floats x, const Coding& k, Ints drawn) {
 }
 
 template <int F, class T, bool Stochastic>
-DS_TARGET static inline void encode_group(const T* x, uint8_t* out, const Coding k, const Dice from, int64_t group) {
+DS_TARGET static inline void plain_group(const T* x, uint8_t* out, const Coding& k, const Dice& from, int64_t group) {
   alignas(64) uint32_t dice[2 * kHashes];
   if constexpr (Stochastic) roll(dice, from, group);
   for (int i = 0; i < kGroup; i += 4 * W) {
@@ -124,6 +124,15 @@ DS_TARGET static inline void encode_group(const T* x, uint8_t* out, const Coding
     if constexpr (F == kE4m7) N::store12(to, codes);
     if constexpr (F == kInt8) N::template store8<-127, 127>(to, codes);
     if constexpr (F == kUint8 || F == kE4m3 || F == kE5m2) N::template store8<0, 255>(to, codes);
+  }
+}
+
+template <int F, class T, bool Stochastic>
+DS_TARGET static inline void encode_group(const T* x, uint8_t* out, const Coding k, const Dice from, int64_t group) {
+  if constexpr (ShortFloats<V, F>::here) {
+    ShortFloats<V, F>::encode(x, out, k.inverse);
+  } else {
+    plain_group<F, T, Stochastic>(x, out, k, from, group);
   }
 }
 

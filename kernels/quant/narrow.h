@@ -205,16 +205,17 @@ struct Narrow<Avx512> {
     const Ints pairs = _mm512_maddubs_epi16(codes, _mm512_set1_epi16(0x1001));  // low + 16 high
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(pairs));
   }
-  DS_AVX512 static inline void store6(uint8_t* out, const Ints* x) {
-    const Ints pairs = _mm512_maddubs_epi16(bytes<false>(x), _mm512_set1_epi16(0x4001));  // low + 64 high
-    store24(out, _mm512_madd_epi16(pairs, _mm512_set1_epi32(0x10000001)));                // low + 4096 high
+  DS_AVX512 static inline void join6(uint8_t* out, Ints bytes) {
+    const Ints pairs = _mm512_maddubs_epi16(bytes, _mm512_set1_epi16(0x4001));  // low + 64 high
+    store24(out, _mm512_madd_epi16(pairs, _mm512_set1_epi32(0x10000001)));      // low + 4096 high
   }
+  DS_AVX512 static inline void join12(uint8_t* out, Ints halves) {
+    store24(out, both(halves, _mm512_set1_epi32(0xfff), 4, _mm512_set1_epi32(0xfff000)));
+  }
+  DS_AVX512 static inline void store6(uint8_t* out, const Ints* x) { join6(out, bytes<false>(x)); }
   DS_AVX512 static inline void store12(uint8_t* out, const Ints* x) {
     const Ints order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-    for (int i = 0; i < 4; i += 2) {
-      const Ints halves = _mm512_permutexvar_epi64(order, _mm512_packus_epi32(x[i], x[i + 1]));
-      store24(out + 24 * i, both(halves, _mm512_set1_epi32(0xfff), 4, _mm512_set1_epi32(0xfff000)));
-    }
+    for (int i = 0; i < 4; i += 2) join12(out + 24 * i, _mm512_permutexvar_epi64(order, _mm512_packus_epi32(x[i], x[i + 1])));
   }
   DS_AVX512 static inline Ints rounded(Floats x) {  // in the upper half
     const Ints u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));

@@ -75,7 +75,7 @@ def rank_main(args: argparse.Namespace) -> None:
         warmup=max(args.warmup, entry.warmup),
         steps=math.ceil(args.steps / entry.period) * entry.period,
     )
-    sample.tell({name: periods(values, entry.period) for name, values in times.items() if name != "updates"})
+    sample.tell({name: periods(values, entry.period) for name, values in times.items() if values})
     dist.barrier()
     os._exit(0)  # some peers hang in their own shutdown
 
@@ -119,9 +119,11 @@ def one_sample(network: netns.Network, name: str, args: argparse.Namespace) -> F
         said = [line for rank_lines in lines for line in rank_lines if line.strip()]
         return {"failed": f"{outcome.failure or 'a rank told nothing'}: {said[-1][:200] if said else ''}"}
     # Ranks pass the same barriers, so rank 0's seconds are everybody's; of bytes the most that any sent.
-    most = [name for name in ranks[0] if name not in ("seconds", "cpu")]
-    worst = {key: [max(values) for values in zip(*(r[key] for r in ranks), strict=True)] for key in most}
-    return {"seconds": ranks[0]["seconds"], "cpu": ranks[0]["cpu"], **worst}
+    found = dict(ranks[0])
+    for key in ("sent", "inside", "logged"):
+        if key in found:
+            found[key] = [max(values) for values in zip(*(figures[key] for figures in ranks), strict=True)]
+    return found
 
 
 def summarise(name: str, samples: list[Figures], args: argparse.Namespace) -> Figures:
@@ -140,6 +142,7 @@ def summarise(name: str, samples: list[Figures], args: argparse.Namespace) -> Fi
             "worst": round(max(seconds), 4),
         },
         "cpu_s": round(middle["cpu"], 3),
+        "update_s": round(middle["updates"], 4) if "updates" in middle else None,
         "node_sent_bytes": round(middle["sent"]),
         "inside_bytes": round(middle["inside"]),
         "logged_bytes": round(middle["logged"]) if "logged" in middle else None,
@@ -201,14 +204,15 @@ def report(record: Figures) -> None:
         f"{record['size']} {record['dtype']} accumulate {record['accumulate']}, {record['ranks']} ranks on "
         f"{nodes} nodes at {record['rate']}, load {record['load_median']}"
     )
-    print(f"{'':26}{'tokens/s':>10}{'x DDP':>8}{'step s':>9}{'cpu s':>8}{'sent MB':>9}{'logged MB':>11}")
+    titles = ("tokens/s", "x DDP", "step s", "cpu s", "update s", "sent MB", "logged MB")
+    print(" " * 26 + "".join(f"{title:>10}" for title in titles))
     for row in rows:
-        logged = row["logged_bytes"]
-        print(
-            f"{row['contender']:26}{row['tokens_per_s']:10.0f}{row['tokens_per_s'] / plain:8.2f}"
-            f"{row['step_s']['median']:9.3f}{row['cpu_s']:8.2f}{row['node_sent_bytes'] / 1e6:9.2f}"
-            f"{'' if logged is None else format(logged / 1e6, '.2f'):>11}"
-        )
+        tokens, sent, logged = row["tokens_per_s"], row["node_sent_bytes"], row["logged_bytes"]
+        step, update = row["step_s"]["median"], row["update_s"]
+        cells = [f"{tokens:.0f}", f"{tokens / plain:.2f}", f"{step:.3f}", f"{row['cpu_s']:.2f}"]
+        cells += ["" if update is None else f"{update:.3f}", f"{sent / 1e6:.2f}"]
+        cells += ["" if logged is None else f"{logged / 1e6:.2f}"]
+        print(f"{row['contender']:26}" + "".join(f"{cell:>10}" for cell in cells))
 
 
 def parse() -> argparse.Namespace:
@@ -248,6 +252,7 @@ def main() -> int:
     args = parse()
     if args.rank_of:
         rank_main(args)
+    netns.leave_on_signals()
     try:
         for rate in args.rates.split(","):
             record = at_rate(rate, args.names, args)

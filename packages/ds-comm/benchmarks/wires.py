@@ -150,3 +150,31 @@ def onebit_adam(model: nn.Module, setting: Setting) -> Entry:
 def onebit_adam_2(model: nn.Module, setting: Setting) -> Entry:
     optimizer = _named("OnebitAdam")(model.parameters(), lr=1e-4, freeze_step=2)
     return _zero(model, setting, 2, optimizer=optimizer, reduce=optimizer.route, warmup=3)
+
+
+def _zero_one(model: nn.Module, setting: Setting, interval: int) -> Entry:
+    """In its last phase: ranks step alone, and meet every `interval` steps."""
+    schedule = _named("ZeroOneSchedule")(2, local_step_scaler=1, local_step_clipper=interval)
+    optimizer = _named("ZeroOneAdam")(model.parameters(), lr=1e-4, schedule=schedule)
+    # Two steps with plain gradients, one with signs; from there on `interval` steps hold one meeting.
+    return _whole(model, setting, optimizer, optimizer.route, warmup=3, period=interval)
+
+
+CONTENDERS["ours, 0/1 Adam, every 4th"] = lambda m, s: _zero_one(m, s, 4)
+CONTENDERS["ours, 0/1 Adam, every 16th"] = lambda m, s: _zero_one(m, s, 16)
+
+
+@contender("ours, ZeRO++")
+def zeropp(model: nn.Module, setting: Setting) -> Entry:
+    """qwZ in int8, qgZ in int4 over two hops, and hpZ where nodes have several ranks."""
+    gather = _named("QuantizedWeights")(_named("Int8")())
+    reduce = _named("TwoHop")(_named("Int4")(), _named("Int4")())
+    return _zero(model, setting, 3, hpz=True, gather=gather, reduce=reduce)
+
+
+@contender("ours, ZeRO-2, Delta, LoCo")
+def delta_loco(model: nn.Module, setting: Setting) -> Entry:
+    """Both ways in int4, and nothing lost for good either way."""
+    int4 = _named("Int4")
+    reduce = _named("LoCo")(_named("TwoHop")(int4(), int4()))
+    return _zero(model, setting, 2, gather=_named("Delta")(int4()), reduce=reduce)

@@ -16,6 +16,12 @@ from ds_core.state.unit import FlatUnit
 NAMES = ("0.weight", "0.bias", "1.weight", "1.bias")
 
 
+class Cut(FlatOwner):
+    """Cut as at stage 1; who gathers calls the route."""
+
+    stage = 1
+
+
 def build(width: int = 37) -> nn.Module:
     torch.manual_seed(5)
     return nn.Sequential(nn.Linear(11, width), nn.Linear(width, 13))
@@ -25,7 +31,7 @@ def own(stage: int, **options: Any) -> FlatOwner:
     """Stage 0: nothing is cut; stage 1: shards of masters and gradients, whole copies."""
     if stage == 0:
         return ReplicatedOwner(build(), bucket_numel=1000, **options)
-    return FlatOwner(
+    return Cut(
         build(), None, sharded=True, whole_grads=True, precision=Precision(), bucket_numel=1000, **options
     )
 

@@ -1,4 +1,4 @@
-"""1-bit Adam at stage 0: its phases, its bytes, what it refuses, and what goes on when a gradient is no number."""
+"""1-bit Adam at stage 0: its phases, its bytes, what it refuses, and gradients that are no numbers."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_groups_inside_one_unit_keep_their_own_settings() -> None:
 
 @distributed(world_size=2)
 def test_masked_momentum_stays_zero_and_what_never_had_a_gradient_stays() -> None:
-    """Rows of an embedding that no token asks for: masked or not, they do not move; masked ones never would."""
+    """Rows of an embedding that no token asks for do not move, masked or not."""
     torch.manual_seed(0)
     model = nn.Embedding(6, 16)
     mask = torch.ones(6, 1)

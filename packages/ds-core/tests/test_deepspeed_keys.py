@@ -117,6 +117,11 @@ WORKS: dict[str, tuple[Any, dict[str, Any], str, Any]] = {
     "zero_optimization.stage3_max_reuse_distance": (9, STAGE3, "zero.keep_numel", 9),
     "zero_optimization.stage3_max_live_parameters": (1e5, STAGE3, "zero.prefetch_numel", 100_000),
     "zero_optimization.zero_hpz_partition_size": (2, STAGE3, "zero.secondary_shard", True),
+    "zero_optimization.zero_quantized_weights": (True, STAGE3, "wire.weights", True),
+    "zero_optimization.zero_quantized_gradients": (True, {}, "wire.gradients", True),
+    "zero_optimization.zeropp_loco_param": (
+        {"reset_T": 5}, {"zero_optimization.zero_quantized_gradients": True}, "wire.loco", {"reset_steps": 5}
+    ),
     "zero_optimization.mics_shard_size": (2, STAGE3, "node_ranks", 2),
     "zero_optimization.leaf_module.names": (["moe"], STAGE3, "zero.leaves", ("moe",)),
     "zero_optimization.leaf_module.name_suffixes": (["moe"], STAGE3, "zero.leaves", ("*moe",)),
@@ -191,6 +196,21 @@ WORKS: dict[str, tuple[Any, dict[str, Any], str, Any]] = {
     "wandb.project": ("p", {"wandb.enabled": True}, "reporting.sinks.0.project", "p"),
     "timers.throughput.enabled": (False, {}, "reporting.throughput", False),
     "timers.throughput.synchronized": (False, {}, "reporting.synchronize", False),
+    "comms_logger.enabled": (True, {}, "reporting.comms.verbose", False),
+    "comms_logger.verbose": (True, {"comms_logger.enabled": True}, "reporting.comms.verbose", True),
+    "comms_logger.prof_all": (
+        False,
+        {"comms_logger.enabled": True, "comms_logger.prof_ops": ["broadcast"]},
+        "reporting.comms.ops.0",
+        "broadcast",
+    ),
+    "comms_logger.prof_ops": (
+        ["all_gather_into_tensor", "all_gather"],
+        {"comms_logger.enabled": True, "comms_logger.prof_all": False},
+        "reporting.comms.ops",
+        ("all_gather",),
+    ),
+    "comms_logger.debug": (True, {"comms_logger.enabled": True}, "reporting.comms.debug", True),
     "checkpoint.tag_validation": ("FAIL", {}, "tag_validation", "Fail"),
 }  # fmt: skip
 
@@ -201,6 +221,7 @@ CONSTRAINTS = {
     "communication_data_type",
     "data_parallel_size",
     "data_types.param_dtype",
+    "comms_logger.prof_ops",
 }  # checked, not stored
 
 
@@ -288,8 +309,8 @@ def test_a_closed_gate_still_checks_names(section: str) -> None:
 
 
 def test_documented_features_need_their_package() -> None:
-    with pytest.raises(ConfigError, match="a quantised gather needs ds-comm"):
-        plan({"zero_optimization.zero_quantized_weights": True})
+    with pytest.raises(ConfigError, match="two-level gathers needs ds-comm"):
+        plan({"zero_optimization.mics_hierarchical_params_gather": True})
     for kind_, package in (("Lamb", "ds-kernels"), ("OneBitAdam", "ds-comm")):
         with pytest.raises(ConfigError, match=f"given '{kind_}'; no optimizer .* comes with {package}"):
             plan({"optimizer.type": kind_})

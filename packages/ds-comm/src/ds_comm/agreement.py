@@ -5,9 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from ds_comm.wire_rows import RowCodec
+from ds_core.ground.codec import CastCodec
 from ds_core.ground.texts import exchange
-from ds_core.ground.wire import Communicator
+from ds_core.ground.wire import Codec, Communicator
 from ds_core.state.shard import Json
+
+
+def settings_of(codec: Codec | None) -> dict[str, Json]:
+    """What ranks compare of a codec."""
+    if codec is None:
+        return {"codec": "none"}
+    own: dict[str, Json] = codec.settings() if isinstance(codec, RowCodec) else {}
+    dtype: dict[str, Json] = {"dtype": str(codec.dtype)} if isinstance(codec, CastCodec) else {}
+    return {"codec": type(codec).__name__, **own, **dtype}
 
 
 def refuse_disagreement(control: Communicator, settings: Mapping[str, Json], *, what: str) -> None:

@@ -80,7 +80,8 @@ class BlockCodec(RowCodec):
             share = 1.0 if self.rounding == "stochastic" else 0.5
             bound = (step * share + size * 2.0**-21).expand_as(blocks)
         bound = torch.where(size == 0, 0.0, bound)
-        return rounded_bound(bound.flatten(-2)[..., : src.shape[-1]], src, dtype or src.dtype)
+        bound = bound.flatten(-2)[..., : src.shape[-1]].contiguous()
+        return rounded_bound(bound, src, dtype or src.dtype)
 
     def recode(self, wire: Tensor, numel: int, to: RowCodec, out: Tensor) -> bool:
         """The sum of [k, wire_bytes(numel)] as a row [1, bytes] of `to`, in one pass; False if it cannot be.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ds_comm.momentum_route import Mode, MomentumRoute
+from ds_comm.compressing import Mode
+from ds_comm.momentum_route import MomentumRoute
 from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import Json
 from ds_core.state.unit import FlatUnit

@@ -95,6 +95,6 @@ def freeze_rule(freeze_step: int | Literal["auto"] | VarianceTest) -> int | Vari
     if isinstance(freeze_step, bool) or not isinstance(freeze_step, int) or freeze_step < 1:
         raise ValueError(
             f'freeze_step must be at least 1 step, "auto" or a VarianceTest, got {freeze_step!r}: the '
-            "variance that is kept for good comes from the steps before it; the papers give them 15 to 20 % of all"
+            "variance that is kept for good comes from the steps before it, 15 to 20 % of all in the papers"
         )
     return freeze_step

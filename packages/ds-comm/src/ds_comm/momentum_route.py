@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ds_comm.agreement import refuse_disagreement
+from ds_comm.compressing import Compressing, GroupRuns, Mode
 from ds_comm.error_feedback import ErrorRows
 from ds_comm.masks import Masks
 from ds_comm.server_errors import ServerErrors
 from ds_comm.signs_wire import MomentumWire, SignRows, plan_chunks
+from ds_comm.spoilt import SpoiltMomenta
 from ds_core.ground.codec import reduce_coded
 from ds_core.ground.ticket import Ticket
 from ds_core.state.layout import BucketLayout
@@ -21,56 +21,9 @@ from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import FlatShard, Json, SavedTensor
 from ds_core.state.unit import FlatUnit
 from ds_core.train.holdings import Piece
-from ds_core.train.nonfinite import NonFiniteError
-from ds_core.train.optim import attached, optimizers_of
+from ds_core.train.optim import optimizers_of
 
 _COUNTERS = "counters"
-
-
-class Mode(enum.Enum):
-    """What the gradients of the step under way become."""
-
-    PLAIN = "their mean, as ever"
-    SIGNS = "the mean of all ranks' momenta, as signs and scales"
-    LOCAL = "this rank's own momentum: nothing travels"
-
-
-class Compressing(Protocol):
-    """What the route asks of its optimizer."""
-
-    param_groups: list[dict[str, Any]]
-
-    @property
-    def mode(self) -> Mode:
-        """Of the step under way: the same on every rank."""
-        ...
-
-    def settings(self) -> Mapping[str, Json]:
-        """What ranks must agree on."""
-        ...
-
-    def refuse(self, owner: FlatOwner) -> None:
-        """Raises ValueError for an owner that it cannot serve."""
-        ...
-
-    def momentum(self, piece: Piece) -> Tensor:
-        """exp_avg of a piece, fp32, zeros at first."""
-        ...
-
-    def receive_(self, piece: Piece, momentum: Tensor, *, again: bool) -> None:
-        """The piece's new momentum, flat; `again`: what is to be added to it."""
-        ...
-
-    def before_sending_(self, unit: FlatUnit, value: Tensor, *, again: bool) -> None:
-        """This rank's momentum [numel and more] becomes what is sent."""
-        ...
-
-    def after_receiving_(self, unit: FlatUnit, value: Tensor, begin: int) -> None:
-        """What was sent becomes momentum; `value` holds elements of the unit from `begin` on."""
-        ...
-
-    def counters(self) -> Json: ...
-    def load_counters(self, values: Json) -> None: ...
 
 
 class MomentumRoute:
@@ -90,6 +43,7 @@ class MomentumRoute:
 
     def __init__(self, optimizer: Compressing, wire: MomentumWire) -> None:
         self.owner: FlatOwner | None = None
+        self.spoilt = SpoiltMomenta()
         self._optimizer, self._wire = optimizer, wire
         self._masks = Masks(wire.masks)
         self._errors: ErrorRows | None = None  # nothing is lost, and nothing allocated, before signs travel
@@ -97,8 +51,7 @@ class MomentumRoute:
         self._layouts: dict[str, BucketLayout] = {}  # by the unit's key
         self._received: dict[str, list[Tensor]] = {}  # m, as it came: the sum of these
         self._flying: set[str] = set()
-        self._spoilt: list[str] = []  # parameters whose own gradients are not finite
-        self._groups = _Groups(optimizer)
+        self._groups = GroupRuns(optimizer)
 
     # -- joining -------------------------------------------------------------------------------------------
 
@@ -172,11 +125,10 @@ class MomentumRoute:
         owner.changes.open()
         value = self._form(unit, full, again=again)
         if mode is Mode.LOCAL:
-            if bool(torch.isfinite(value).all()):
-                self._keep(unit, out, value, again=again)
-            else:  # known to this rank alone until `refuse_spoilt`
-                self._spoilt.append(self._names(unit, value))
+            if self.spoilt.note(unit, value):
                 out.zero_()
+            else:
+                self._keep(unit, out, value, again=again)
             return Ticket()
         self._optimizer.before_sending_(unit, value, again=again)
         comm, rows = owner.comm, SignRows.of(self._layouts[unit.key].shard_numel, self._wire)
@@ -201,7 +153,7 @@ class MomentumRoute:
             if not bool(torch.isfinite(rows.scales(everybody)).all()):
                 errors.of(unit).zero_()
                 error.zero_()
-                raise self._nonfinite(unit, value, sent, rows)
+                raise self.spoilt.error(owner, unit, value)
             self._arrive(unit, out, everybody, rows, again=again)
 
         return Ticket([ticket], keepalive=(value, sent, received), finish=second_hop)
@@ -313,40 +265,10 @@ class MomentumRoute:
         for piece in self._groups.pieces(unit):
             self._optimizer.receive_(piece, momentum[slice(*piece.overlap.local)], again=again)
 
-    def _nonfinite(self, unit: FlatUnit, value: Tensor, sent: Tensor, rows: SignRows) -> NonFiniteError:
-        mine = not bool(torch.isfinite(rows.scales(sent)).all())
-        return self._error(self._names(unit, value) if mine else "")
-
-    def refuse_spoilt(self) -> None:
-        """In mode LOCAL, before the step: raises NonFiniteError on every rank where one has such a gradient.
-
-        Collective.
-        """
-        owner, names = self.need(), ", ".join(self._spoilt)
-        self._spoilt.clear()
-        flag = torch.tensor([1.0 if names else 0.0])
-        owner.control.all_reduce(flag, op="max", about="whether momenta are finite").wait()
-        if flag.item():
-            raise self._error(names)
-
-    def _error(self, names: str) -> NonFiniteError:
-        what = f"this rank's gradient of {names} is not finite and was not sent"
-        if not names:
-            what = "another rank's gradient is not finite, and its momentum was not sent"
-        return NonFiniteError(
-            f"rank {self.need().everyone.rank}: {what}. No weight was changed; call optimizer.zero_grad() "
-            "before going on. Lower the learning rate, or look at this batch"
-        )
-
-    @staticmethod
-    def _names(unit: FlatUnit, value: Tensor) -> str:
-        slots = [s for s in unit.layout.slots if not bool(torch.isfinite(value[s.start : s.end]).all())]
-        return ", ".join(slot.fqn for slot in slots) or unit.about
-
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Tensor | FlatShard | Json]:
-        """The counters, and once signs travel `error/<parameter>` [world, *shape] and `server/<parameter>`."""
+        """The counters; once signs travel `error/<parameter>` [world, *shape] and `server/<parameter>`."""
         owner = self.need()
         owner.reducer.settle()  # a step whose momenta are on their way is in it as a whole
         state: dict[str, Tensor | FlatShard | Json] = {_COUNTERS: self._optimizer.counters()}
@@ -369,54 +291,6 @@ class MomentumRoute:
         self._optimizer.load_counters(values.get(_COUNTERS))
         if self._errors is not None:
             self._errors.load_state_dict(values)
-
-
-class _Groups:
-    """Whose settings hold where in a unit, looked up again when the optimizer's parameters are other ones."""
-
-    def __init__(self, optimizer: Compressing) -> None:
-        self._optimizer = optimizer
-        self._of: object = None
-        self._runs: dict[str, list[tuple[int, int, int]]] = {}
-        self._pieces: dict[str, list[Piece]] = {}
-
-    def runs(self, unit: FlatUnit) -> Sequence[tuple[int, int, dict[str, Any]]]:
-        """(first element, one past the last, group), in order."""
-        self._look()
-        groups = self._optimizer.param_groups
-        return [(start, end, groups[number]) for start, end, number in self._runs.get(unit.key, ())]
-
-    def pieces(self, unit: FlatUnit) -> Sequence[Piece]:
-        """What of the unit this rank updates."""
-        self._look()
-        return self._pieces.get(unit.key, ())
-
-    def _look(self) -> None:
-        sharded = attached(self._optimizer)  # type: ignore[arg-type]
-        held = sharded.held
-        if held.pieces is self._of:
-            return
-        self._of, self._pieces = held.pieces, {}
-        for piece in held.trained:
-            self._pieces.setdefault(piece.unit.key, []).append(piece)
-        found: dict[str, list[tuple[int, int, int]]] = {}
-        for number, params in enumerate(held.members):
-            for param in params:
-                unit, index = sharded.owner.place(param)
-                slot = unit.layout.slots[index]
-                if slot.numel:
-                    found.setdefault(unit.key, []).append((slot.start, slot.end, number))
-        self._runs = {key: _joined(sorted(runs)) for key, runs in found.items()}
-
-
-def _joined(runs: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Neighbours of one group as one run."""
-    found: list[tuple[int, int, int]] = []
-    for start, end, number in runs:
-        if found and found[-1][1:] == (start, number):
-            start = found.pop()[0]
-        found.append((start, end, number))
-    return found
 
 
 def _refuse(owner: FlatOwner) -> None:

@@ -10,8 +10,9 @@ from torch.optim import Adam
 from torch.optim.optimizer import ParamsT
 
 from ds_comm.compressed import CompressedOptimizer, decay_, direction
+from ds_comm.compressing import Mode
 from ds_comm.freeze import VarianceTest, WarmUp
-from ds_comm.momentum_route import Mode, MomentumRoute
+from ds_comm.momentum_route import MomentumRoute
 from ds_comm.signs_wire import MomentumWire
 from ds_core.state.shard import Json
 

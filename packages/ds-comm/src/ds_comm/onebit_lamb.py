@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ds_comm.compressed import CompressedOptimizer, direction, refuse_numbers
+from ds_comm.compressing import Mode
 from ds_comm.freeze import VarianceTest, WarmUp
-from ds_comm.momentum_route import Mode, MomentumRoute
+from ds_comm.momentum_route import MomentumRoute
 from ds_comm.signs_wire import MomentumWire
 from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import Json

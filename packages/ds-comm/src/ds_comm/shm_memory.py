@@ -53,9 +53,14 @@ def process_start(pid: int) -> str:
 
 
 def host_name() -> str:
-    """The same for processes that see each other's /proc, and only for these."""
+    """The same for processes that see each other's /proc and have one network, and only for these.
+
+    Ranks in network namespaces of their own were put on different hosts on purpose, in containers or to try a
+    slow network out.
+    """
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
+        spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net")]
+        return "/".join([file.read().strip(), *spaces])
 
 
 @dataclass(slots=True, eq=False)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ds_comm.compressed import CompressedOptimizer, decay_, direction, refuse_numbers
-from ds_comm.momentum_route import Mode, MomentumRoute
+from ds_comm.compressing import Mode
+from ds_comm.momentum_route import MomentumRoute
 from ds_comm.signs_wire import MomentumWire
 from ds_core.state.owner import FlatOwner
 from ds_core.state.shard import Json
@@ -23,8 +24,8 @@ class ZeroOneSchedule:
     """When gradients travel whole for the variance's sake, and when nothing does. Steps count from 1.
 
     The variance is refreshed `var_update_scaler` times at intervals of 1 step, then of 2, of 4, and so on,
-    never after `var_freeze_step`. After that step ranks synchronise every `local_interval` steps: 1, doubled every
-    `local_step_scaler` steps, at most `local_step_clipper`; 1 is no local steps at all.
+    never after `var_freeze_step`. After that step ranks synchronise every `local_interval` steps: 1, doubled
+    every `local_step_scaler` steps, at most `local_step_clipper`; 1 is no local steps at all.
     """
 
     var_freeze_step: int
@@ -163,7 +164,7 @@ class ZeroOneAdam(CompressedOptimizer):
         self.route.need()
         mode = self.mode
         if mode is Mode.LOCAL:
-            self.route.refuse_spoilt()
+            self.route.spoilt.refuse(self.route.need())
             if self._alone == 0:
                 self._lengths = [0.0 for _ in self.param_groups]
                 self._decays = [1.0 for _ in self.param_groups]

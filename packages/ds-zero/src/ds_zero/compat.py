@@ -8,6 +8,7 @@ instead of giving None.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_core.setup.plugins import find
+from ds_core.setup.source import read_layer
 from ds_core.state.owner import owner_of
 from ds_core.state.unit import FlatUnit
 from ds_core.train.optim import ShardedOptimizer, optimizers_of
@@ -42,6 +45,7 @@ __all__ = [
     "GatheredParameters",
     "Init",
     "get_z3_leaf_modules",
+    "log_summary",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
     "safe_get_full_optimizer_state",
@@ -58,6 +62,8 @@ __all__ = [
     "z3_leaf_module",
 ]
 
+_log = logging.getLogger("ds_zero")
+
 # Arguments of DeepSpeed's zero.Init -> what they are without effect, and why anything else cannot be taken.
 _INIT: dict[str, tuple[tuple[Any, ...], str]] = {
     "data_parallel_group": ((None,), "give the mesh to `Zero(...).shard(model, mesh)`"),
@@ -67,8 +73,7 @@ _INIT: dict[str, tuple[tuple[Any, ...], str]] = {
     "pin_memory": ((None, False), "parameters have no host memory while a model is built"),
     "mpu": ((None,), "give the mesh to `Zero(...).shard(model, mesh)`"),
     "zero_param_parallel_group": ((None,), "secondary shards are made when the model is sharded"),
-    "zero_quantized_weights": ((None, False), "give a codec: `Zero(...).shard(model, gather=codec)`"),
-    "zero_quantized_nontrainable_weights": ((None, False), "quantise frozen parameters before sharding"),
+    "zero_quantized_nontrainable_weights": ((None, False), "zero_quantized_weights codes frozen ones too"),
     "param_swapper": ((None,), "give a store: `Zero(...).shard(model, store=store)`"),
 }
 
@@ -92,13 +97,29 @@ def Init(
         raise ValueError(
             "zero.Init cannot take module: a model that is there is cut by `Zero(stage=3).shard(model)`"
         )
+    _check_quantized(others.pop("zero_quantized_weights", None), config_dict_or_path or config)
     for name, value in others.items():
         if name not in _INIT:
-            raise TypeError(f"zero.Init has no argument {name!r}; it has {', '.join(sorted(_INIT))}")
+            known = ", ".join(sorted([*_INIT, "zero_quantized_weights"]))
+            raise TypeError(f"zero.Init has no argument {name!r}; it has {known}")
         without_effect, reason = _INIT[name]
         if not any(value is allowed or value == allowed for allowed in without_effect):
             raise ValueError(f"zero.Init cannot take {name}={value!r}: {reason}")
     return materialize(dtype=dtype, enabled=enabled)
+
+
+def _check_quantized(given: Any, config: Any) -> None:
+    """Weights are quantised on their way where the model is sharded, as the config says: it must say so."""
+    if given in (None, False):
+        return
+    if find("route", "quantized_weights") is None:
+        raise ValueError("zero.Init(zero_quantized_weights=True) needs ds-comm: pip install ds-comm")
+    said = {} if config is None else read_layer(config).values.get("zero_optimization", {})
+    if said.get("zero_quantized_weights") is not True:
+        raise ValueError(
+            "zero.Init cannot take zero_quantized_weights=True alone: say it in the config that Init and "
+            "initialize() are given, or `Zero(stage=3).shard(model, gather=ds_comm.QuantizedWeights(codec))`"
+        )
 
 
 @contextlib.contextmanager
@@ -125,6 +146,28 @@ def _is_sharded(param: Tensor) -> bool:
     except LookupError:
         return False
     return True
+
+
+def log_summary(engine: Any, show_straggler: bool = False, return_dict: bool = False) -> Any:
+    """What the file's `comms_logger` heard so far: a table in the log of rank 0, or a dict of its rows.
+
+    The engine says whose: there is no log of a whole process here. Rows have bytes before and after coding,
+    latency, and bandwidths by the size of the group; with `show_straggler` the slowest rank, and the call is
+    collective. Keys of the dict are "axis/op" and, where there is one, "/codec".
+    Raises ValueError if `comms_logger` is not on.
+    """
+    log = engine.owner.mesh.log.listener
+    if log is None:
+        raise ValueError(
+            'log_summary: no communication log is on; set "comms_logger": {"enabled": true}, or make a'
+            " ds_comm.CommLog(mesh) before training"
+        )
+    summary = log.summary(stragglers=show_straggler)
+    if return_dict:
+        return {"/".join(filter(None, (row.axis, row.op, row.codec))): row for row in summary.rows}
+    if engine.owner.everyone.rank == 0:
+        _log.info("%s", summary)
+    return None
 
 
 def safe_get_full_fp32_param(param: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What rounding has lost of a DDP bucket, kept by parameter, so that it survives when buckets are cut anew."""
+"""What rounding has lost of DDP's buckets, by parameter, so that it survives when they are cut anew."""
 
 from __future__ import annotations
 
@@ -83,9 +83,8 @@ class BucketMemory:
             server[self._rank * each : (self._rank + 1) * each] = bucket.server
             for piece in bucket.pieces:
                 part = slice(piece.start, piece.end)
-                found[piece.name] = tuple(
-                    whole[part].reshape(piece.shape) for whole in (bucket.worker, server)
-                )
+                mine, sums = bucket.worker[part], server[part]
+                found[piece.name] = mine.view(piece.shape), sums.view(piece.shape)
         return {name: (worker.clone(), server.clone()) for name, (worker, server) in found.items()}
 
     def replace(self, errors: Mapping[str, tuple[Tensor, Tensor]]) -> None:

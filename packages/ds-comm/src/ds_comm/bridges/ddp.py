@@ -12,10 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket  # dist.GradBucket, which has no types
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from ds_comm.agreement import refuse_disagreement, settings_of
 from ds_comm.bridges.bucket_memory import BucketErrors, BucketMemory, Piece
+from ds_comm.wire_rows import NotFiniteError, RowCodec, sum_rows
 from ds_core.ground.codec import all_reduce_coded
 from ds_core.ground.collectives import TorchCommunicator
 from ds_core.ground.listener import Coding
@@ -37,8 +40,9 @@ class CodedHook:
     Buckets are worked off in a thread (on an accelerator, in a stream of its own), in DDP's order, while the
     backward goes on. They travel in a process group of their own along `axis` of `mesh`, so they never meet
     what DDP itself sends. Collective: construction makes that group, so every rank constructs.
-    Raises ValueError when DDP's group is not that axis. In backward, on every rank: RuntimeError naming the
-    parameter when a gradient of any rank is not finite; nothing of that bucket is encoded then.
+    Raises ValueError when DDP's group is not that axis, or ranks disagree on the codec. In backward, on every
+    rank: RuntimeError naming the parameter when a gradient of any rank is not finite; nothing of that bucket
+    is encoded then.
     """
 
     def __init__(
@@ -51,12 +55,12 @@ class CodedHook:
         axis: str = "data",
     ) -> None:
         self.mesh = mesh or Topology().build()
-        self.codec = codec
         self._comm = self.mesh.communicator(axis, "ddp")
+        self.codec = codec.at_rank(self._comm.rank) if isinstance(codec, RowCodec) else codec
         device = self.mesh.accelerator.device
         if any(param.device.type != device.type for param in model.module.parameters()):
             raise ValueError(
-                f"the model is not on {device.type}, where this mesh sends: move it, or set DS_ACCELERATOR=cpu"
+                f"the model is not on {device.type}, as this mesh is: move it, or set DS_ACCELERATOR=cpu"
             )
         theirs = tuple(dist.get_process_group_ranks(model.process_group))
         ours = self._comm.lane.ranks if isinstance(self._comm, TorchCommunicator) else (dist.get_rank(),)
@@ -65,23 +69,26 @@ class CodedHook:
                 f"DDP reduces over ranks {list(theirs)}, axis {axis!r} of the mesh has {list(ours)}: give the"
                 " mesh and axis of DDP's process group"
             )
+        settings = {**settings_of(codec), "error_feedback": error_feedback}
+        control = self.mesh.communicator(axis, "control")
+        refuse_disagreement(control, settings, what="the communication hook")
         self._names = {id(param): name for name, param in model.module.named_parameters()}
         self._shapes = {name: param.shape for name, param in model.module.named_parameters()}
         self._memory = BucketMemory(self._comm.rank, self._comm.world) if error_feedback else None
         self._line = _Line(device)
         weakref.finalize(self, self._line.end)
 
-    def submit(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def submit(self, bucket: GradBucket) -> Future[Tensor]:
         """The bucket's mean, in its own buffer, once it is there. Collective, in DDP's order of buckets."""
         buffer = bucket.buffer()
         pieces = self._pieces(bucket, buffer)
         return self._line.run(buffer, lambda: self._reduce(buffer, pieces))
 
-    def _pieces(self, bucket: dist.GradBucket, buffer: Tensor) -> list[Piece]:
+    def _pieces(self, bucket: GradBucket, buffer: Tensor) -> list[Piece]:
         found = []
         for param, grad in zip(bucket.parameters(), bucket.gradients(), strict=True):
             name = self._names.get(id(param), "a parameter that the model has no more")
-            found.append(Piece(name, grad.storage_offset() - buffer.storage_offset(), param.shape))
+            found.append(Piece(name, int(grad.storage_offset() - buffer.storage_offset()), param.shape))
         return found
 
     def _reduce(self, buffer: Tensor, pieces: list[Piece]) -> None:
@@ -90,7 +97,7 @@ class CodedHook:
         self._refuse_nonfinite(buffer, pieces)
         about = f"the gradients from {pieces[0].name} to {pieces[-1].name}"
         if codec is None or comm.world == 1:
-            comm.all_reduce(buffer.div_(comm.world), about=about).wait()
+            comm.all_reduce(buffer.mul_(1 / comm.world), about=about).wait()
         elif self._memory is None:
             mean = torch.empty_like(buffer, dtype=torch.float32)
             all_reduce_coded(comm, codec, mean, buffer, scale=1 / comm.world, about=about).wait()
@@ -110,7 +117,7 @@ class CodedHook:
         said = int(worst)
         if said:
             index, rank = divmod(said - 1, comm.world)
-            raise RuntimeError(
+            raise NotFiniteError(
                 f"the gradient of {pieces[index].name} is not finite on rank {rank} of the group: nothing was"
                 " sent; lower the learning rate, look at that rank's batch, or scale the loss"
             )
@@ -159,7 +166,7 @@ class CodedHook:
             self.codec.load_state_dict(state["codec"])
 
 
-def coded_hook(state: CodedHook, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def coded_hook(state: CodedHook, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
     """What `register_comm_hook` takes beside its state."""
     return state.submit(bucket)
 
@@ -167,7 +174,7 @@ def coded_hook(state: CodedHook, bucket: dist.GradBucket) -> torch.futures.Futur
 def reduce_remembering(
     comm: Communicator, codec: Codec, full: Tensor, errors: BucketErrors, *, about: str = ""
 ) -> Tensor:
-    """The mean [n] of every rank's `full` [n] in fp32, both hops encoded; what rounding took stays in `errors`.
+    """The mean [n] of every rank's `full` [n] in fp32, both hops encoded; `errors` keep what rounding took.
 
     Collective. Every rank gets the same values.
     """
@@ -186,11 +193,8 @@ def reduce_remembering(
         codec.decode(sent.view(world, -1), rounded.view(world, -1))
     owed.sub_(rounded)
     ticket.wait()
-    mean = torch.zeros_like(errors.server)
     with coding.decoding():
-        for chunk in received.view(world, -1):
-            codec.decode(chunk.view(1, -1), mean.view(1, -1), accumulate=True)
-    errors.server.add_(mean, alpha=1 / world)
+        sum_rows(codec, received.view(world, -1), errors.server, scale=1 / world, accumulate=True)
     mine, wire = sent[:width], received
     with coding.encoding():
         codec.encode(errors.server.view(1, -1), mine.view(1, -1))

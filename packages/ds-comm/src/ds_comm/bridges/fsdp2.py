@@ -14,9 +14,11 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
+from ds_comm.agreement import refuse_disagreement, settings_of
+from ds_comm.wire_rows import NotFiniteError, RowCodec
 from ds_core.ground.codec import gather_coded, reduce_coded
 from ds_core.ground.collectives import TorchCommunicator, WireLog
-from ds_core.ground.mesh import Mesh, lane_of
+from ds_core.ground.mesh import Mesh, Topology, lane_of
 from ds_core.ground.wire import Codec
 
 
@@ -25,20 +27,26 @@ def use_codecs(
 ) -> int:
     """Every unit of a model that `fully_shard` has cut gathers and reduces through these codecs.
 
-    Call it on every rank, before the first forward; gives the number of units. Nothing is sent. Without a
-    codec for it, a direction stays FSDP2's own. With `mesh` its communication log hears of what is coded,
-    under axis "fsdp". What reaches the codecs must be one
-    floating point dtype: FSDP2 packs units of several dtypes as bytes, which is refused when they are
-    gathered. Reductions take FSDP2's "sum" and "average"; a divide factor needs
+    Call it on every rank, before the first forward; gives the number of units. Collective: ranks compare the
+    codecs. Without a codec for it, a direction stays FSDP2's own. `mesh`: whose communication log hears of
+    what is coded, under axis "fsdp". Reductions take FSDP2's "sum" and "average"; a divide factor needs
     `set_force_sum_reduction_for_comms(True)`.
-    Raises ValueError if no module of the model is an FSDPModule, or no codec is given.
+    Raises ValueError if no module of the model is an FSDPModule, no codec is given, or ranks disagree.
     """
     if gather is None and reduce is None:
         raise ValueError("no codec given; allowed: gather=, reduce=, or both")
     units = [(name or "the root", module) for name, module in model.named_modules() if _is_unit(module)]
     if not units:
         raise ValueError("no module of this model went through fully_shard; cut it first, then choose codecs")
-    wires = _Wires(mesh.log if mesh is not None else None)
+    mesh = mesh or Topology().build()
+    settings = {
+        f"{way} {name}": value
+        for way, codec in (("gather", gather), ("reduce", reduce))
+        for name, value in settings_of(codec).items()
+    }
+    refuse_disagreement(mesh.communicator("world", "control"), settings, what="the codecs of FSDP2")
+    wires, rank = Wires(mesh.log), mesh.rank("world")
+    gather, reduce = (c.at_rank(rank) if isinstance(c, RowCodec) else c for c in (gather, reduce))
     for name, module in units:
         if gather is not None:
             module.set_custom_all_gather(CodedAllGather(gather, wires, about=name))
@@ -52,10 +60,10 @@ def _is_unit(module: Any) -> bool:
     return isinstance(module, FSDPModule) and len(module._get_fsdp_state()._fsdp_param_groups) == 1
 
 
-class _Wires:
+class Wires:
     """The communicators over FSDP2's own groups, one each."""
 
-    def __init__(self, log: WireLog | None) -> None:
+    def __init__(self, log: WireLog) -> None:
         self._log = log
         self._known: WeakKeyDictionary[ProcessGroup, TorchCommunicator] = WeakKeyDictionary()
 
@@ -82,7 +90,7 @@ class CodedAllGather(_Allocating, AllGather):
     overlaps there as ever. On CPU it returns when it has arrived.
     """
 
-    def __init__(self, codec: Codec, wires: _Wires, *, about: str) -> None:
+    def __init__(self, codec: Codec, wires: Wires, *, about: str) -> None:
         self._codec, self._wires, self._about = codec, wires, about
 
     def __call__(
@@ -90,8 +98,8 @@ class CodedAllGather(_Allocating, AllGather):
     ) -> None:
         if not input_tensor.is_floating_point():
             raise ValueError(
-                f"{self._about} has parameters of several dtypes, which FSDP2 packs as {input_tensor.dtype}: a"
-                " codec needs one; cut them into units of their own, or choose no gather codec"
+                f"the weights of {self._about} travel as {input_tensor.dtype}, packed by FSDP2 (several"
+                " dtypes, or tensors that say themselves how they are gathered): choose no gather codec"
             )
         comm = self._wires.over(group, output_tensor.device)
         about = f"the weights of {self._about}"
@@ -101,11 +109,11 @@ class CodedAllGather(_Allocating, AllGather):
 class CodedReduceScatter(_Allocating, ReduceScatter):
     """[n] <- [world * n]: encoded, decoded and summed in the output's dtype.
 
-    Raises RuntimeError on every rank when a gradient of any rank is not finite, before anything is encoded;
+    Raises NotFiniteError on every rank when a gradient of any rank is not finite, before anything is encoded;
     that costs a message of 8 bytes a unit, and on an accelerator the host waits for it.
     """
 
-    def __init__(self, codec: Codec, wires: _Wires, *, about: str) -> None:
+    def __init__(self, codec: Codec, wires: Wires, *, about: str) -> None:
         self._codec, self._wires, self._about = codec, wires, about
 
     def __call__(
@@ -131,9 +139,9 @@ class CodedReduceScatter(_Allocating, ReduceScatter):
         comm.all_reduce(worst, op="max", about="are gradients finite").wait()
         said = int(worst)
         if said:
-            raise RuntimeError(
-                f"a gradient of {self._about} is not finite on rank {said - 1} of its group: nothing was sent;"
-                " lower the learning rate, look at that rank's batch, or scale the loss"
+            raise NotFiniteError(
+                f"a gradient of {self._about} is not finite on rank {said - 1} of its group: nothing was"
+                " sent; lower the learning rate, look at that rank's batch, or scale the loss"
             )
 
 

@@ -22,6 +22,7 @@ from ds_core.ground.settings import Origin
 from ds_core.setup import plugins
 from ds_core.setup.deepspeed_engine import DeepSpeedEngine
 from ds_core.setup.deepspeed_json import explain, translate
+from ds_core.setup.deepspeed_wire import build_routes
 from ds_core.setup.estimate import Count, Recipe, check_fits
 from ds_core.setup.named import build_optimizer, build_scheduler
 from ds_core.setup.plan import Named, Plan
@@ -73,6 +74,8 @@ def initialize(  # noqa: PLR0913 - the signature is DeepSpeed's
     if plan.node_ranks is not None:
         mesh = Topology(dp_replicate=-1, dp_shard=plan.node_ranks).build(mesh.accelerator)
     make_audible(plan.reporting)
+    if plan.reporting.comms is not None:
+        plugins.look_up("comm_log", "wire")(mesh, **plan.reporting.comms.options())
     for notice in plan.notices:
         _log.info(notice)
     if plan.disable_python_gc:
@@ -202,14 +205,27 @@ def _owner(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh, store
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 module._buffers[name] = buffer.to(mesh.accelerator.device)
+    routes = _routes(plan, optimizer)
     if plan.stage > 0:
         spec = {**plan.owner_spec(), "cut": cut_of_model(model, optimizer)}
-        sharded: FlatOwner = plugins.resolve("owner", spec).shard(model, mesh, store=store)
+        sharded: FlatOwner = plugins.resolve("owner", spec).shard(model, mesh, store=store, **routes)
         return sharded
     dtype = None if plan.dtype == "float32" else getattr(torch, plan.dtype)
     chosen = {name: getattr(plan.zero, name) for name in ("bucket_numel", "overlap", "keep_fp32")}
     options = {name: value for name, value in chosen.items() if value is not None}
-    return ReplicatedOwner(model, mesh, dtype=dtype, store=store, **options)
+    return ReplicatedOwner(model, mesh, dtype=dtype, store=store, **options, **routes)
+
+
+def _routes(plan: Plan, optimizer: Optimizer) -> dict[str, Any]:
+    """How gradients ("reduce") and parameters ("gather") travel: as the file says, or as the optimizer does."""
+    routes: dict[str, Any] = {} if plan.wire is None else build_routes(plan.wire)
+    own = getattr(optimizer, "route", None)
+    if own is not None and "reduce" in routes:
+        raise ValueError(
+            f"zero_quantized_gradients and {type(optimizer).__name__} each say how gradients travel: leave the "
+            "key out, or take another optimizer"
+        )
+    return routes if own is None else {**routes, "reduce": own}
 
 
 def _store(plan: Plan, model: nn.Module, mesh: Mesh) -> Store | None:

@@ -9,8 +9,10 @@ from typing import Any
 from ds_core.ground.settings import Origin, Setting
 from ds_core.setup.batch import ACCUMULATE, MICRO, TRAIN, Batch, solve_batch
 from ds_core.setup.config import ConfigError, Problem, merge
+from ds_core.setup.deepspeed_comms import plan_comms
 from ds_core.setup.deepspeed_keys import GATES, ROWS
 from ds_core.setup.deepspeed_offload import plan_offload
+from ds_core.setup.deepspeed_wire import plan_wire
 from ds_core.setup.findings import DEFAULT, Findings, walk, with_aliases
 from ds_core.setup.named import plan_optimizer, plan_scheduler
 from ds_core.setup.plan import LossScale, Named, Plan, Reporting, Zero
@@ -62,6 +64,8 @@ def _derive(found: Findings, world: int, world_origin: Origin) -> Plan | None:
         )
     node_ranks = _node_ranks(found, stage, world)
     offload = plan_offload(found, stage, dtype)
+    skips = "float16" in (dtype, autocast) or found.get("bf16.check_grad_overflow") is True
+    wire = plan_wire(found, stage, skips=skips)
     if found.problems or batch is None:
         return None
     plan = Plan(
@@ -78,6 +82,7 @@ def _derive(found: Findings, world: int, world_origin: Origin) -> Plan | None:
         max_norm=found.get("gradient_clipping") or None,
         zero=_zero(found, stage),
         offload=offload,
+        wire=wire,
         cpu_checkpointing=found.get("activation_checkpointing.cpu_checkpointing"),
         node_ranks=node_ranks,
         optimizer=optimizer,
@@ -254,6 +259,7 @@ def _reporting(found: Findings) -> Reporting:
         dump_state=found.get("dump_state"),
         log_level=found.get("log_level"),
         sinks=tuple(_sinks(found)),
+        comms=plan_comms(found),
     )
 
 

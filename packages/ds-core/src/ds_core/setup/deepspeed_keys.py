@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ds_core.setup.deepspeed_loco import as_loco
 from ds_core.setup.deepspeed_zenflow import as_zenflow
 from ds_core.setup.readers import (
     Reader,
@@ -18,6 +19,7 @@ from ds_core.setup.readers import (
     as_stage,
     as_text,
     at_least,
+    comm_ops,
     one_of,
     or_null,
     share,
@@ -185,9 +187,9 @@ _ZERO = (
     _moot("round_robin_gradients", as_bool, False, "flat cuts already give every rank an equal part"),
     _always("parameter_alignment", False, "where shards are cut follows from the optimizer"),
     _works("zero_hpz_partition_size", whole(1), 1, "Zero(secondary_shard) on Topology(dp_shard)"),
-    _always("zero_quantized_weights", False, "a quantised gather", "ds-comm"),
-    _always("zero_quantized_nontrainable_weights", False, "a quantised gather", "ds-comm"),
-    _always("zero_quantized_gradients", False, "a quantised reduce", "ds-comm"),
+    _works("zero_quantized_weights", as_bool, False, "QuantizedWeights(Int8()), in two hops"),
+    _always("zero_quantized_nontrainable_weights", False, "zero_quantized_weights codes frozen ones too"),
+    _works("zero_quantized_gradients", as_bool, False, "TwoHop(Int4(), Int4())"),
     _moot("memory_efficient_linear", as_bool, True, "linear layers never keep gathered weights"),
     _moot("pipeline_loading_checkpoint", as_bool, False, "checkpoints are always read in a stream"),
     _moot("override_module_apply", as_bool, True, "Module.apply is never replaced"),
@@ -200,7 +202,7 @@ _ZERO = (
     _works("leaf_module.name_suffixes", as_names, [], "Zero(leaves)"),
     _works("mics_shard_size", whole(-1), -1, "Topology(dp_shard)"),
     _always("mics_hierarchical_params_gather", False, "two-level gathers", "ds-comm"),
-    _refused("zeropp_loco_param", "error feedback on quantised gradients", "ds-comm"),
+    _works("zeropp_loco_param", as_loco, None, "LoCo(TwoHop(Int4(), Int4()), beta, reset_steps)"),
 )  # fmt: skip
 
 _MONITORS = (
@@ -218,7 +220,11 @@ _MONITORS = (
     _works("timers.throughput.enabled", as_bool, True, "samples per second in the progress lines"),
     _works("timers.throughput.synchronized", as_bool, True, "the device is waited for first"),
     _always("flops_profiler.enabled", False, "ds_core.profile_model(model, batch) counts per module"),
-    _always("comms_logger.enabled", False, "every StepReport has bytes_on_wire; single calls are not logged"),
+    _works("comms_logger.enabled", as_bool, False, "ds_comm's CommLog on the mesh: log_summary(engine)"),
+    _works("comms_logger.verbose", as_bool, False, "a line for each collective"),
+    _works("comms_logger.prof_all", as_bool, True, "collectives of every kind"),
+    _works("comms_logger.prof_ops", comm_ops, [], "only these, where prof_all is false"),
+    _works("comms_logger.debug", as_bool, False, "a line for each, and the line of code that called"),
     _works("checkpoint.tag_validation", one_of("Ignore", "Warn", "Fail"), "Warn", "save_checkpoint"),
     _moot("checkpoint.load_universal", as_bool, False, "every checkpoint loads at any world size and stage"),
     _always("checkpoint.use_node_local_storage", False, "a checkpoint is one directory that all ranks see"),
@@ -299,7 +305,6 @@ IDLE: Mapping[str, frozenset[str]] = {
     for section, names in {
         "comet": "samples_log_interval project workspace api_key experiment_name experiment_key online mode",
         "flops_profiler": "recompute_fwd_factor profile_step module_depth top_modules detailed output_file",
-        "comms_logger": "verbose prof_all debug prof_ops",
         "tensor_parallel": "dtype tp_overlap_comm vocab_parallel_lm_head vocab_parallel_ce_backend tp"
         " tensor_parallel injection_policy_tuple partition_config preset_model keep_module_on_host"
         " replace_with_kernel_inject",

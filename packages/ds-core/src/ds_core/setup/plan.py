@@ -32,6 +32,17 @@ class LossScale(Config):
     minimum: float = 1.0
 
 
+class CommsLogging(Config):
+    """What ds_comm's CommLog is told; `ops`: only these, by its names."""
+
+    ops: tuple[str, ...] | None = None
+    verbose: bool = False
+    debug: bool = False
+
+    def options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
 class Reporting(Config):
     """What is said while training, and how often."""
 
@@ -42,6 +53,7 @@ class Reporting(Config):
     dump_state: bool = False
     log_level: str | None = None
     sinks: tuple[Mapping[str, Any], ...] = ()
+    comms: CommsLogging | None = None
 
 
 class Zero(Config):
@@ -87,6 +99,15 @@ class Offload(Config):
         return {"type": "tiered", **chosen}
 
 
+class Wire(Config):
+    """What travels quantised, as ZeRO++ does. `loco`: how errors are fed back; `marks`: NaN gets through."""
+
+    weights: bool = False
+    gradients: bool = False
+    loco: Mapping[str, Any] | None = None
+    marks: bool = False
+
+
 class Plan(Config):
     """Everything `initialize` builds from. Made by `deepspeed_json.translate`."""
 
@@ -103,6 +124,7 @@ class Plan(Config):
     max_norm: float | None = 1.0
     zero: Zero = Zero()
     offload: Offload | None = None
+    wire: Wire | None = None
     cpu_checkpointing: bool = False
     node_ranks: int | None = None  # ranks that shard among them, where that is not all
     optimizer: Named | None = None

@@ -30,7 +30,9 @@ _BRINGS: Mapping[str, Mapping[str, str]] = {
     "ds-offload": {"store": "pinned nvme tiered", "optimizer": "offload_adamw"},
     "ds-comm": {
         "codec": "int8 int4 onebit fp8",
-        "communicator": "coded hierarchical shm",
+        "route": "two_hop loco error_feedback quantized_weights delta",
+        "comm_log": "wire",
+        "communicator": "shm",
         "optimizer": "onebitadam zerooneadam onebitlamb",
     },
     "ds-moe": {"dispatcher": "alltoall hierarchical"},

@@ -74,7 +74,7 @@ def make_audible(reporting: Reporting) -> None:
     wanted = reporting.log_level or ("info" if _speaks(reporting) else None)
     if wanted is None:
         return
-    for name in ("ds_core", "ds_zero"):
+    for name in ("ds_core", "ds_zero", "ds_comm"):
         logger = logging.getLogger(name)
         logger.setLevel(wanted.upper())
         if not logger.hasHandlers():
@@ -84,4 +84,5 @@ def make_audible(reporting: Reporting) -> None:
 
 
 def _speaks(reporting: Reporting) -> bool:
-    return bool(reporting.steps_per_print or reporting.wall_clock_breakdown or reporting.dump_state)
+    lines = reporting.comms is not None and (reporting.comms.verbose or reporting.comms.debug)
+    return bool(reporting.steps_per_print or reporting.wall_clock_breakdown or reporting.dump_state or lines)

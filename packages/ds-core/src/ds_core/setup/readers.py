@@ -127,6 +127,29 @@ def as_names(value: Any) -> list[str]:
     raise ValueError(f"given {value!r}; allowed: a list of strings")
 
 
+# DeepSpeed's names of collectives -> the five that travel here
+_COMM_OPS: Mapping[str, str] = {
+    old: new
+    for new, names in {
+        "all_gather": "all_gather all_gather_base all_gather_into_tensor all_gather_coalesced allgather_fn",
+        "reduce_scatter": "reduce_scatter reduce_scatter_base reduce_scatter_tensor reduce_scatter_fn",
+        "all_reduce": "all_reduce all_reduce_coalesced inference_all_reduce",
+        "all_to_all": "all_to_all all_to_all_single",
+        "broadcast": "broadcast",
+    }.items()
+    for old in names.split()
+}
+
+
+def comm_ops(value: Any) -> list[str]:
+    """A list of collectives under DeepSpeed's names, by ours."""
+    names = as_names(value)
+    for name in names:
+        if name not in _COMM_OPS:
+            raise ValueError(f"given {name!r}; allowed: {', '.join(_COMM_OPS)}")
+    return [_COMM_OPS[name] for name in names]
+
+
 def anything(value: Any) -> Any:
     """For keys whose value is not looked at, only refused or without effect."""
     return value
