@@ -217,13 +217,13 @@ def _owner(plan: Plan, model: nn.Module, optimizer: Optimizer, mesh: Mesh, store
 
 
 def _routes(plan: Plan, optimizer: Optimizer) -> dict[str, Any]:
-    """How gradients ("reduce") and parameters ("gather") travel: as the file says, or as the optimizer does."""
+    """How gradients ("reduce") and parameters ("gather") travel, by the file or by the optimizer."""
     routes: dict[str, Any] = {} if plan.wire is None else build_routes(plan.wire)
     own = getattr(optimizer, "route", None)
     if own is not None and "reduce" in routes:
         raise ValueError(
-            f"zero_quantized_gradients and {type(optimizer).__name__} each say how gradients travel: leave the "
-            "key out, or take another optimizer"
+            f"zero_quantized_gradients and {type(optimizer).__name__} each say how gradients travel: leave "
+            "the key out, or take another optimizer"
         )
     return routes if own is None else {**routes, "reduce": own}
 
