@@ -218,11 +218,8 @@ class Flow:
     def _take_back(self, op: Op, lent: Block) -> None:
         """The caller may now write to what peers have yet to read: leave them a copy."""
         op.lent = None
-        until = time.perf_counter_ns() + max(_MOVE_AFTER_NS, lent.nbytes // _MOVED_PER_NS)
-        while self._read_by_all() < op.number:
-            if time.perf_counter_ns() > until:
-                break
-        else:
+        patience = max(_MOVE_AFTER_NS, lent.nbytes // _MOVED_PER_NS)
+        if self.library.await_readers(ctypes.byref(self.call), op.number, patience):
             return
         end = time.monotonic() + self._timeout_s
         block = self._segment.take(lent.nbytes, self._read_by_all())

@@ -46,6 +46,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "leave": (None, (_pointer, _int)),
     "read_by_all": (ctypes.c_uint64, (_pointer, _int)),
     "close": (None, (_pointer,)),
+    "await_readers": (_int, (_pointer, ctypes.c_uint64, _long)),
     "withdraw": (_int, (_pointer, ctypes.c_uint64, ctypes.c_uint64, _long)),
     "copy": (None, (_pointer, _pointer, _pointer, _long, _int)),
     "sum": (_int, (_pointer, _pointer, _int, _int, _long, _long, ctypes.c_float)),
@@ -70,6 +71,7 @@ class ShmLibrary:
         self.publish, self.await_ = call.ds_shm_publish, call.ds_shm_await
         self.enter, self.leave, self.close = call.ds_shm_enter, call.ds_shm_leave, call.ds_shm_close
         self.withdraw, self.read_by_all = call.ds_shm_withdraw, call.ds_shm_read_by_all
+        self.await_readers = call.ds_shm_await_readers
         self.copy, self.sum, self.all_reduce = call.ds_shm_copy, call.ds_shm_sum, call.ds_shm_all_reduce
 
 
