@@ -65,6 +65,7 @@ struct DsShmCall {
 DS_EXPORT int64_t ds_shm_board_bytes();
 DS_EXPORT void ds_shm_publish(ds::Board* mine, uint64_t number, uint32_t tag, uint64_t offset, uint64_t bytes, uint32_t layout);
 DS_EXPORT int ds_shm_await(ds::Board* theirs, uint64_t number, int64_t spin_ns, int64_t sleep_ns);
+DS_EXPORT int ds_shm_standing(const ds::Board* theirs, uint64_t number);
 DS_EXPORT int ds_shm_enter(DsShmCall* call);
 DS_EXPORT void ds_shm_leave(const DsShmCall* call, int32_t finished);
 DS_EXPORT uint64_t ds_shm_read_by_all(ds::Board* const* boards, int32_t world);

@@ -111,6 +111,12 @@ DS_EXPORT int ds_shm_await(ds::Board* theirs, uint64_t number, int64_t spin_ns, 
   return found || there() ? 0 : closed ? 2 : 1;
 }
 
+// 0: the rank has not come to it. 1: it has issued it. 2: it has finished it too.
+DS_EXPORT int ds_shm_standing(const ds::Board* theirs, uint64_t number) {
+  if (theirs->done.load(std::memory_order_acquire) >= number) return 2;
+  return theirs->issued.load(std::memory_order_acquire) >= number;
+}
+
 // All ranks have issued it: find where their bytes are, and hold them there until ds_shm_leave. -1: done; -2: one of them
 // is being moved, try again; else the first rank whose collective is another one. Only after -1 is anything held.
 DS_EXPORT int ds_shm_enter(DsShmCall* call) {
