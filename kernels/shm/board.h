@@ -65,13 +65,15 @@ struct DsShmCall {
 DS_EXPORT int64_t ds_shm_board_bytes();
 DS_EXPORT void ds_shm_publish(ds::Board* mine, uint64_t number, uint32_t tag, uint64_t offset, uint64_t bytes, uint32_t layout);
 DS_EXPORT int ds_shm_await(ds::Board* theirs, uint64_t number, int64_t spin_ns, int64_t sleep_ns);
+DS_EXPORT int ds_shm_standing(const ds::Board* theirs, uint64_t number);
 DS_EXPORT int ds_shm_enter(DsShmCall* call);
 DS_EXPORT void ds_shm_leave(const DsShmCall* call, int32_t finished);
 DS_EXPORT uint64_t ds_shm_read_by_all(ds::Board* const* boards, int32_t world);
 DS_EXPORT void ds_shm_close(ds::Board* mine);
-DS_EXPORT int ds_shm_withdraw(const DsShmCall* call, uint64_t number, uint64_t offset, int64_t spin_ns);
+DS_EXPORT int ds_shm_await_readers(const DsShmCall* call, uint64_t number, int64_t wait_ns);
+DS_EXPORT int ds_shm_withdraw(const DsShmCall* call, uint64_t number, uint64_t offset, int64_t wait_ns);
 DS_EXPORT void ds_shm_copy(void* to, void* also, const void* from, int64_t bytes, int32_t threads);
 DS_EXPORT int ds_shm_sum(const DsShmCall* call, void* out, int32_t out_dtype, int32_t in_dtype, int64_t begin, int64_t end, float factor);
-DS_EXPORT int ds_shm_all_reduce(const DsShmCall* call, int32_t dtype, int64_t numel, int64_t spin_ns, int64_t* claimed);
+DS_EXPORT int ds_shm_all_reduce(const DsShmCall* call, int32_t dtype, int64_t numel, int64_t wait_ns, int64_t* claimed);
 
 }  // extern "C"

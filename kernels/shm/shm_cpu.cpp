@@ -15,6 +15,7 @@ namespace ds {
 constexpr int kMaxRanks = 64;
 constexpr int64_t kPiece = 1 << 15;      // elements claimed at a time
 constexpr int64_t kCopyPiece = 1 << 18;  // bytes
+constexpr int64_t kSpinNs = 50000, kNapNs = 20000;
 constexpr int64_t kMoveNs = 10000000;    // how long one waits at most, before looking whether all live
 constexpr int64_t kAlone = 1 << 18;      // up to so many bytes one thread is as fast as several
 
@@ -34,16 +35,21 @@ static inline void relax() {
 #endif
 }
 
+// Whether `ready` within so many nanoseconds. After the first few the core is left to whoever is waited for.
 template <class Ready>
-static bool spin(int64_t ns, const Ready& ready) {
-  const int64_t end = now_ns() + ns;
-  do {
+static bool within(int64_t ns, const Ready& ready) {
+  const int64_t begin = now_ns();
+  for (;;) {
     for (int i = 0; i < 64; ++i) {
       if (ready()) return true;
       relax();
     }
-  } while (now_ns() < end);
-  return ready();
+    const int64_t spent = now_ns() - begin;
+    if (spent >= ns) return ready();
+    if (spent < kSpinNs) continue;
+    const timespec nap{0, kNapNs};
+    nanosleep(&nap, nullptr);
+  }
 }
 
 // Shared by processes, so without FUTEX_PRIVATE_FLAG.
@@ -89,7 +95,7 @@ DS_EXPORT void ds_shm_publish(ds::Board* mine, uint64_t number, uint32_t tag, ui
 DS_EXPORT int ds_shm_await(ds::Board* theirs, uint64_t number, int64_t spin_ns, int64_t sleep_ns) {
   using namespace ds;
   const auto there = [&] { return theirs->issued.load(std::memory_order_acquire) >= number; };
-  if (spin(spin_ns, there)) return 0;
+  if (within(spin_ns < kSpinNs ? spin_ns : kSpinNs, there)) return 0;
   const int64_t end = now_ns() + sleep_ns;
   theirs->sleepers.fetch_add(1, std::memory_order_seq_cst);
   bool found = false, closed = false;
@@ -105,6 +111,12 @@ DS_EXPORT int ds_shm_await(ds::Board* theirs, uint64_t number, int64_t spin_ns, 
   return found || there() ? 0 : closed ? 2 : 1;
 }
 
+// 0: the rank has not come to it. 1: it has issued it. 2: it has finished it too.
+DS_EXPORT int ds_shm_standing(const ds::Board* theirs, uint64_t number) {
+  if (theirs->done.load(std::memory_order_acquire) >= number) return 2;
+  return theirs->issued.load(std::memory_order_acquire) >= number;
+}
+
 // All ranks have issued it: find where their bytes are, and hold them there until ds_shm_leave. -1: done; -2: one of them
 // is being moved, try again; else the first rank whose collective is another one. Only after -1 is anything held.
 DS_EXPORT int ds_shm_enter(DsShmCall* call) {
@@ -115,7 +127,7 @@ DS_EXPORT int ds_shm_enter(DsShmCall* call) {
   call->shared = 0;
   for (int r = 0; r < call->world; ++r) {
     Entry& entry = call->boards[r]->of(call->number);
-    if (r != call->rank && !spin(kMoveNs, [&] { return enter(entry); })) {
+    if (r != call->rank && !within(kMoveNs, [&] { return enter(entry); })) {
       for (int held = 0; held < r; ++held) {
         if (held != call->rank) call->boards[held]->of(call->number).gate.fetch_sub(1, std::memory_order_release);
       }
@@ -153,16 +165,21 @@ DS_EXPORT void ds_shm_close(ds::Board* mine) {
   wake(mine->issued);
 }
 
+// Whether every rank has finished this collective, within so many nanoseconds.
+DS_EXPORT int ds_shm_await_readers(const DsShmCall* call, uint64_t number, int64_t wait_ns) {
+  return ds::within(wait_ns, [&] { return ds_shm_read_by_all(call->boards, call->world) >= number; });
+}
+
 // The caller takes its memory back: if not all have read it, copy what it holds to `offset` and point the others there.
 // 0: done. 1: a peer reads it now.
-DS_EXPORT int ds_shm_withdraw(const DsShmCall* call, uint64_t number, uint64_t offset, int64_t spin_ns) {
+DS_EXPORT int ds_shm_withdraw(const DsShmCall* call, uint64_t number, uint64_t offset, int64_t wait_ns) {
   using namespace ds;
   Entry& entry = call->boards[call->rank]->of(number);
   const auto shut = [&] {
     uint32_t nobody = 0;
     return entry.gate.compare_exchange_strong(nobody, kMoving, std::memory_order_acquire);
   };
-  if (!spin(spin_ns, shut)) return 1;
+  if (!within(wait_ns, shut)) return 1;
   if (ds_shm_read_by_all(call->boards, call->world) < number) {
     std::memcpy(call->segments[call->rank] + offset, call->segments[call->rank] + entry.offset, entry.bytes);
     entry.offset = offset;
@@ -203,7 +220,7 @@ DS_EXPORT int ds_shm_sum(const DsShmCall* call, void* out, int32_t out_dtype, in
 
 // A large all-reduce in place: each piece is summed by whichever rank comes first, into every rank's memory. -1: every
 // piece is there; -2: some rank is still at one; else kBadArgument or kNoSuchIsa. `claimed` counts this rank's pieces.
-DS_EXPORT int ds_shm_all_reduce(const DsShmCall* call, int32_t dtype, int64_t numel, int64_t spin_ns, int64_t* claimed) {
+DS_EXPORT int ds_shm_all_reduce(const DsShmCall* call, int32_t dtype, int64_t numel, int64_t wait_ns, int64_t* claimed) {
   using namespace ds;
   if (dtype < 0 || dtype > kFp16 || call->world > kMaxRanks) return kBadArgument;
   if (!has_isa(call->isa)) return kNoSuchIsa;
@@ -224,7 +241,7 @@ DS_EXPORT int ds_shm_all_reduce(const DsShmCall* call, int32_t dtype, int64_t nu
     }
   };
   over_chunks(call->threads, call->threads, work);
-  return spin(spin_ns, [&] { return shared.finished.load(std::memory_order_acquire) >= pieces; }) ? -1 : -2;
+  return within(wait_ns, [&] { return shared.finished.load(std::memory_order_acquire) >= pieces; }) ? -1 : -2;
 }
 
 }  // extern "C"

@@ -3,8 +3,8 @@
 Two processes with a thread each; contenders in turn (A B C A B C), a barrier before each call, of each call
 the slower rank's time; "CPU" is the processor time of both ranks, which other load hardly changes. "ours" is
 a tensor from anywhere, "ours, allocated" one from `Communicator.allocate`, as gradient buckets are.
-All-gathers have this rank's part in the output already, as ds-zero's have. `memcpy` copies a tensor
-of the same size on both ranks at once: the limit.
+All-gathers have this rank's part in the output already, as ds-zero's have. `memcpy` copies as many bytes
+on both ranks at once: the limit.
 """
 
 from __future__ import annotations

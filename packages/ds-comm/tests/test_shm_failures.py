@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_comm import shm, shm_memory
+from ds_comm import shm, shm_flow, shm_memory
 from ds_comm.shm_memory import PAGE, Block, Segment, process_start
 from ds_core.ground.accelerator import Accelerator
 from ds_core.ground.collectives import TorchCommunicator
@@ -107,6 +107,30 @@ def test_a_rank_that_left_is_named(rank: int, world: int) -> None:
     dist.barrier()
     with pytest.raises(RuntimeError, match="rank 1 has left before it came to"):
         comm.all_reduce(torch.ones(8)).wait()
+
+
+@distributed(world_size=3)
+def test_a_rank_that_has_done_its_part_may_be_gone(rank: int, world: int) -> None:
+    comm = wire()
+    alone(comm)
+    total = torch.ones(8)
+    ticket = None if rank == 1 else comm.all_reduce(total)
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 0:
+            gone = {peer.pid for _, peer in comm._fabric._flow.others if peer.rank == 2}
+            patch.setattr(
+                shm_flow, "process_start", lambda pid: "" if pid in gone else shm_memory.process_start(pid)
+            )
+        if rank == 1:
+            time.sleep(0.3)
+            ticket = comm.all_reduce(total)
+        ticket.wait()
+        assert total.tolist() == [3.0] * 8
+        dist.barrier()
+        if rank == 0:  # and one that has not is missed
+            with pytest.raises(RuntimeError, match=r"rank 2 .* died during"):
+                comm.all_reduce(total).wait()
+    dist.barrier()
 
 
 def parts(rank: int, how: str) -> None:

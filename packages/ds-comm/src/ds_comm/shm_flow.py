@@ -16,7 +16,18 @@ from torch import Tensor
 
 from ds_comm.shm_memory import Block, PeerSegment, Segment, process_start
 from ds_core.ground.flight import Flight, Lane
-from ds_kernels.shm import MOVING, PARTS, SHARED, THERE, WHOLE, Call, ShmLibrary, addresses
+from ds_kernels.shm import (
+    FINISHED,
+    ISSUED,
+    MOVING,
+    PARTS,
+    SHARED,
+    THERE,
+    WHOLE,
+    Call,
+    ShmLibrary,
+    addresses,
+)
 
 LOOK_NS = 50_000_000  # how often a wait looks whether the others live and the job goes on
 _SPIN_NS = 50_000  # ranks come a few microseconds apart; after that the core is left to others
@@ -198,7 +209,7 @@ class Flow:
             while status := library.await_(self._bases[r], op.number, spin, LOOK_NS):
                 if status == 2:
                     raise RuntimeError(f"rank {peer.rank} has left before it came to {self._what(op)}")
-                self.look(op, end, f"rank {peer.rank} did not come to")
+                self.look(op, end, f"rank {peer.rank} did not come to", needed=ISSUED)
                 spin = 0
         call.number, call.tag, call.part_bytes = op.number, op.flight.tag, op.part_bytes
         call.threads = torch.get_num_threads()
@@ -218,11 +229,8 @@ class Flow:
     def _take_back(self, op: Op, lent: Block) -> None:
         """The caller may now write to what peers have yet to read: leave them a copy."""
         op.lent = None
-        until = time.perf_counter_ns() + max(_MOVE_AFTER_NS, lent.nbytes // _MOVED_PER_NS)
-        while self._read_by_all() < op.number:
-            if time.perf_counter_ns() > until:
-                break
-        else:
+        patience = max(_MOVE_AFTER_NS, lent.nbytes // _MOVED_PER_NS)
+        if self.library.await_readers(ctypes.byref(self.call), op.number, patience):
             return
         end = time.monotonic() + self._timeout_s
         block = self._segment.take(lent.nbytes, self._read_by_all())
@@ -231,12 +239,15 @@ class Flow:
         while self.library.withdraw(ctypes.byref(self.call), op.number, block.start, LOOK_NS):
             self.look(op, end, "a rank did not come to an end with")
 
-    def look(self, op: Op, end: float, late: str) -> None:
-        """Does it make sense to go on waiting? Raises: RuntimeError, DesyncError."""
+    def look(self, op: Op, end: float, late: str, needed: int = FINISHED) -> None:
+        """Does it make sense to go on waiting, until the others have at least issued or `FINISHED` it?
+
+        Raises: RuntimeError, DesyncError.
+        """
         self.lane.check()
         self.usable()
-        peers = [peer for _, peer in self.others]
-        dead = [f"rank {p.rank} (process {p.pid})" for p in peers if process_start(p.pid) != p.start]
+        waited = [p for r, p in self.others if self.library.standing(self._bases[r], op.number) < needed]
+        dead = [f"rank {p.rank} (process {p.pid})" for p in waited if process_start(p.pid) != p.start]
         if dead:
             raise RuntimeError(f"{', '.join(sorted(dead))} died during {self._what(op)}")
         if time.monotonic() > end:

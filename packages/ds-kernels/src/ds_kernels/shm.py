@@ -12,6 +12,7 @@ from ds_kernels.native import Native, Options
 MAX_RANKS = 64
 WHOLE, PARTS, SHARED = range(3)  # how a rank's bytes lie, as kernels/shm/board.h has them
 MOVING = -2  # of `enter`: a peer moves its bytes, come again
+ISSUED, FINISHED = 1, 2  # of `standing`
 THERE = -1  # of `enter` and `all_reduce`
 
 _long, _int, _pointer = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
@@ -42,10 +43,12 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (_pointer, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32),
     ),
     "await": (_int, (_pointer, ctypes.c_uint64, _long, _long)),
+    "standing": (_int, (_pointer, ctypes.c_uint64)),
     "enter": (_int, (_pointer,)),
     "leave": (None, (_pointer, _int)),
     "read_by_all": (ctypes.c_uint64, (_pointer, _int)),
     "close": (None, (_pointer,)),
+    "await_readers": (_int, (_pointer, ctypes.c_uint64, _long)),
     "withdraw": (_int, (_pointer, ctypes.c_uint64, ctypes.c_uint64, _long)),
     "copy": (None, (_pointer, _pointer, _pointer, _long, _int)),
     "sum": (_int, (_pointer, _pointer, _int, _int, _long, _long, ctypes.c_float)),
@@ -70,6 +73,7 @@ class ShmLibrary:
         self.publish, self.await_ = call.ds_shm_publish, call.ds_shm_await
         self.enter, self.leave, self.close = call.ds_shm_enter, call.ds_shm_leave, call.ds_shm_close
         self.withdraw, self.read_by_all = call.ds_shm_withdraw, call.ds_shm_read_by_all
+        self.await_readers, self.standing = call.ds_shm_await_readers, call.ds_shm_standing
         self.copy, self.sum, self.all_reduce = call.ds_shm_copy, call.ds_shm_sum, call.ds_shm_all_reduce
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
+from ds_core.ground.collectives import TorchCommunicator
 from ds_core.ground.settings import Origin, Setting, Settings
 from ds_core.state.owner import FlatOwner
 from ds_core.train.optim import ShardedOptimizer
@@ -89,6 +90,9 @@ def _owner(owner: FlatOwner) -> Iterator[Setting]:
     for kind, route in owner.routes.items():
         says = route.explain() if isinstance(route, SaysHow) else "a route"
         yield Setting(f"wire.{kind}", type(route).__name__, _CODE, says, world > 1)
+    if isinstance(owner.everyone, TorchCommunicator):
+        carries = owner.everyone.route
+        yield Setting("owner.route", carries, Origin("derived", "what all ranks have"), "CPU tensors' way")
     config = getattr(owner, "config", None)
     if isinstance(config, Explained):
         yield from config.settings(world)
