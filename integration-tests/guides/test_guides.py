@@ -58,7 +58,7 @@ def written(name: str, folder: Path) -> Path:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_the_block_runs(tmp_path: Path, name: str, ranks: int) -> None:
-    """Started by fork: what a script imports has cost a fifth of this suite."""
+    """Started by fork, where torch is there already."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]

@@ -144,7 +144,8 @@ def batch(seed: int, turn: int, rank: int) -> Tensor:
 
 
 def make(seed: int, which: int = 0) -> Random:
-    torch.manual_seed(seed + 7 * which)
+    # Not torch.manual_seed, which writes down a stack for each kind of GPU.
+    torch.default_generator.manual_seed(seed + 7 * which)
     return Random(random.Random(f"{seed}/{which}"))
 
 
