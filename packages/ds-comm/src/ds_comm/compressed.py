@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,6 +77,16 @@ class CompressedOptimizer(Optimizer):
             state["exp_avg"] = torch.zeros_like(param, requires_grad=False)
             state["exp_avg_sq"] = torch.zeros_like(param, requires_grad=False)
         return state
+
+
+_BLOCK = 1 << 15  # elements: what an update reads and makes of so many stays in a core's cache
+
+
+def in_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Contiguous tensors of one size, in flat pieces that belong together; on a device in one."""
+    flat = [tensor.view(-1) for tensor in tensors]
+    size = _BLOCK if flat[0].device.type == "cpu" else max(1, flat[0].numel())
+    return zip(*(torch.split(tensor, size) for tensor in flat), strict=True)
 
 
 def direction(momentum: Tensor, variance: Tensor, eps: float, limit: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Adam
 from torch.optim.optimizer import ParamsT
 
-from ds_comm.compressed import CompressedOptimizer, decay_, direction, farthest
+from ds_comm.compressed import CompressedOptimizer, decay_, direction, farthest, in_blocks
 from ds_comm.compressing import Mode
 from ds_comm.freeze import VarianceTest, WarmUp
 from ds_comm.momentum_route import MomentumRoute
@@ -103,9 +103,10 @@ class OnebitAdam(CompressedOptimizer, Adam):
                     continue
                 state = self.state_of(param)
                 state["step"] += 1
-                decay_(param, group)
-                update = direction(param.grad, state["exp_avg_sq"], group["eps"], limit)
-                param.add_(update, alpha=-lr / (1.0 - beta1 ** float(state["step"])))
+                alpha = -lr / (1.0 - beta1 ** float(state["step"]))
+                for here, momentum, variance in in_blocks(param, param.grad, state["exp_avg_sq"]):
+                    decay_(here, group)
+                    here.add_(direction(momentum, variance, group["eps"], limit), alpha=alpha)
 
     def _freeze(self) -> None:
         for group in self.param_groups:

@@ -22,7 +22,7 @@ class SpoiltMomenta:
 
     def note(self, unit: FlatUnit, value: Tensor) -> bool:
         """Keep in mind what of `value` [numel] is not finite. True if something is."""
-        names = "" if bool(torch.isfinite(value).all()) else _spoilt(unit, value)
+        names = "" if _is_finite(value) else _spoilt(unit, value)
         self._names += [names] if names else []
         return bool(names)
 
@@ -36,8 +36,13 @@ class SpoiltMomenta:
             raise _error(owner, names)
 
 
+def _is_finite(value: Tensor) -> bool:
+    """By the extremes, which are NaN where an element is: one pass, and nothing made."""
+    return not value.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(value))).all())
+
+
 def _spoilt(unit: FlatUnit, value: Tensor) -> str:
-    slots = [s for s in unit.layout.slots if not bool(torch.isfinite(value[s.start : s.end]).all())]
+    slots = [s for s in unit.layout.slots if not _is_finite(value[s.start : s.end])]
     return ", ".join(slot.fqn for slot in slots)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ds_comm.compressed import CompressedOptimizer, decay_, direction, farthest, refuse_numbers
+from ds_comm.compressed import CompressedOptimizer, decay_, direction, farthest, in_blocks, refuse_numbers
 from ds_comm.compressing import Mode
 from ds_comm.momentum_route import MomentumRoute
 from ds_comm.signs_wire import MomentumWire
@@ -202,21 +202,34 @@ class ZeroOneAdam(CompressedOptimizer):
         # Momenta as they came, clipped if they were; of a parameter that has no gradient just now, its own.
         momentum = state["exp_avg"] if mode is Mode.PLAIN or param.grad is None else param.grad
         correction = 1.0 - float(group["betas"][1]) ** self.refreshes
-        variance, limit = state["exp_avg_sq"] / correction, farthest(group["betas"])
-        if mode is Mode.LOCAL:
-            if "anchor" not in state:
-                state["anchor"], state["drift"] = param.clone(), torch.zeros_like(param)
-            state["drift"].add_(momentum, alpha=length)
-            update = direction(state["drift"], variance, group["eps"], limit * (self._lengths[at] + length))
-            torch.sub(state["anchor"] * (self._decays[at] * _kept(group)), update, out=param)
-        elif "anchor" in state:
-            update = direction(momentum, variance, group["eps"], limit).mul_(self._lengths[at] + length)
-            torch.sub(state["anchor"] * (self._decays[at] * _kept(group)), update, out=param)
-            del state["anchor"], state["drift"]
+        eps, limit = group["eps"], farthest(group["betas"])
+        if mode is Mode.LOCAL and "anchor" not in state:
+            state["anchor"], state["drift"] = param.clone(), torch.zeros_like(param)
+        if "anchor" not in state:
+            for here, flat, squares in in_blocks(param, momentum, state["exp_avg_sq"]):
+                decay_(here, group)
+                here.add_(direction(flat, squares / correction, eps, limit), alpha=-length)
         else:
-            decay_(param, group)
-            param.add_(direction(momentum, variance, group["eps"], limit), alpha=-length)
+            self._from_anchor(at, group, param, momentum, mode)
+        if mode is not Mode.LOCAL and "anchor" in state:
+            del state["anchor"], state["drift"]
         state["step"] += 1
+
+    def _from_anchor(
+        self, at: int, group: dict[str, Any], param: Tensor, momentum: Tensor, mode: Mode
+    ) -> None:
+        """From where all ranks were: alone along this rank's drift, or together along the mean of all."""
+        state, length = self.state_of(param), self._length(group)
+        correction, kept = 1.0 - float(group["betas"][1]) ** self.refreshes, self._decays[at] * _kept(group)
+        eps, limit, total = group["eps"], farthest(group["betas"]), self._lengths[at] + length
+        parts = in_blocks(param, momentum, state["exp_avg_sq"], state["anchor"], state["drift"])
+        for here, flat, squares, anchor, drift in parts:
+            if mode is Mode.LOCAL:
+                drift.add_(flat, alpha=length)
+                update = direction(drift, squares / correction, eps, limit * total)
+            else:
+                update = direction(flat, squares / correction, eps, limit).mul_(total)
+            torch.sub(anchor * kept, update, out=here)
 
     def _refresh_(self, state: dict[str, Any], group: dict[str, Any], param: Tensor) -> None:
         """The mean gradient itself came: momentum and variance as in Adam."""
