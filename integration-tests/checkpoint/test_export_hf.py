@@ -15,6 +15,7 @@ transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed: no export to compare"
 )
 
+RANKS_IMPORT = ("transformers.modeling_utils",)
 KINDS = ("gpt2", "llama", "llama-tied")
 
 

@@ -63,6 +63,19 @@ class FlatOracle:
         self.worker = [torch.zeros(self.padded) for _ in range(self.world)]
         self.server = torch.zeros(self.padded)
 
+    def in_units(self, sent: Sequence[Tensor]) -> Tensor:
+        """As `mean_of_signs`, sent in units of a power of two near the variance's root."""
+        exponent = torch.frexp(self.v).exponent
+        unit = torch.tensor([2.0 ** (int(e) // 2) for e in exponent.tolist()])
+        alive = self.v > 0
+        errors = [*self.worker, self.server]
+        for error in errors:
+            error.copy_(torch.where(alive, error / unit, 0.0))
+        found = self.mean_of_signs([torch.where(alive, each / unit, 0.0) for each in sent])
+        for error in errors:
+            error.copy_(torch.where(alive, error * unit, 0.0))
+        return torch.where(alive, found * unit, 0.0)
+
     def mean_of_signs(self, sent: Sequence[Tensor]) -> Tensor:
         """Two hops over what every worker has to send, [padded] each, with both errors."""
         mean = torch.zeros(self.padded)
@@ -188,8 +201,8 @@ class AdamOracle(Oracle):
         sent = [total(micros) * (1 - beta1) + beta1 * unit.m for micros in grads]
         for each in sent:
             each[~unit.used] = 0
-        unit.m = unit.mean_of_signs(sent)
-        update = unit.m / (unit.v.sqrt() + self.eps)
+        unit.m = unit.in_units(sent)
+        update = (unit.m / (unit.v.sqrt() + self.eps)).clamp(-1.0, 1.0)  # Adam's own, with these betas
         update[unit.v == 0] = 0
         unit.values *= 1 - self.lr * self.decay
         unit.values.add_(update, alpha=-self.lr / (1 - beta1**self.steps))
@@ -252,19 +265,22 @@ class ZeroOneOracle(Oracle):
                 self.ms[rank][at] = torch.where(unit.used, mine, 0.0)
         variance = unit.v / (1 - beta2**self.refreshed)
 
-        def direction(momentum: Tensor) -> Tensor:
-            return torch.where(unit.v == 0, 0.0, momentum / (variance.sqrt() + self.eps))
+        def direction(momentum: Tensor, limit: float = 1.0) -> Tensor:
+            found = (momentum / (variance.sqrt() + self.eps)).clamp(-limit, limit)
+            return torch.where(unit.v == 0, 0.0, found)
 
         if kind == "local":
             for rank in workers:
                 self.us[rank][at].add_(self.ms[rank][at], alpha=gamma)
-                self.x[rank][at] = unit.values * (self.kept * keep) - direction(self.us[rank][at])
+                self.x[rank][at] = unit.values * (self.kept * keep) - direction(
+                    self.us[rank][at], self.length + gamma
+                )
             return
         if kind == "signs":
             sent = [self.ms[rank][at] for rank in workers]
             if self.alone:
                 sent = [(m * gamma + self.us[r][at]) / (self.length + gamma) for r, m in enumerate(sent)]
-            unit.m = unit.mean_of_signs(sent)
+            unit.m = unit.in_units(sent)
         if self.alone:
             step = direction(unit.m) * (self.length + gamma)
             unit.values = unit.values * (self.kept * keep) - step
@@ -335,6 +351,7 @@ class LambOracle(Oracle):
             fresh = self.fresh[name].view(shape)
             fresh.mul_(beta2).addcmul_(implied, implied, value=1 - beta2)
             alone = m / (1 - beta1**self.steps) / (v.sqrt() + self.eps)
+            alone = alone.clamp(-1.0, 1.0)
             alone[v == 0] = 0
             update = alone.add(x, alpha=self.decay)
             factor = ((v.sqrt() + self.eps) / (fresh.sqrt() + self.eps)).max()

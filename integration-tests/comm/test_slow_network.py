@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,7 +14,10 @@ from typing import Any
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "netns.py"
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "netns.py"
+BENCHMARK = ROOT / "packages" / "ds-comm" / "benchmarks" / "network.py"
+GPT = ROOT / "packages" / "ds-zero" / "benchmarks" / "gpt.py"
 RANKS = Path(__file__).with_name("slow_ranks.py")
 UNAVAILABLE = 3
 RATE = 100e6 / 8  # bytes per second
@@ -141,3 +145,25 @@ def test_what_a_killed_run_left_is_removed_by_the_next() -> None:
     assert code == 0, err
     assert namespaces(process.pid) == []
     assert not any(running(pid) for pid in ranks)
+
+
+def test_the_benchmark_tells_what_each_contender_sends_and_how_long_that_takes(tmp_path: Path) -> None:
+    names = ["DDP", "ours, stage 0, int4"]
+    command = [sys.executable, str(BENCHMARK), "--size", "tiny", "--rates", "100mbit", "--rounds", "1"]
+    command += ["--contenders", ";".join(names), "--out", str(tmp_path / "network.jsonl")]
+    code, out, err = finish(
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    )
+    assert code == 0, out + err
+    record = json.loads((tmp_path / "network.jsonl").read_text())
+    assert record["skipped"] == {}
+    rows = {row["contender"]: row for row in record["rows"]}
+    assert sorted(rows) == sorted(names)
+    numel = sum(p.numel() for p in runpy.run_path(str(GPT))["build"]("tiny").parameters())
+    # Two ranks: each sends all of its fp32 gradients once, or half a byte of each and a scale for 256.
+    for name, payload in (("DDP", 4 * numel), ("ours, stage 0, int4", (1 / 2 + 4 / 256) * numel)):
+        row = rows[name]
+        assert payload <= row["node_sent_bytes"] <= 1.15 * payload + 8192, row
+        assert row["step_s"]["best"] >= (payload - BURST) / RATE, row
+        assert row["tokens_per_s"] == pytest.approx(2 * 256 / row["step_s"]["median"], rel=1e-2)
+    assert payload <= row["logged_bytes"] <= 1.05 * payload + 1024

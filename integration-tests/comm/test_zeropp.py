@@ -18,6 +18,7 @@ from ds_core.ground.codec import CastCodec
 from ds_core.state.owner import FlatOwner
 from ds_core.testing.distributed import distributed, run_ranks
 from ds_core.testing.models import CASES
+from ds_offload import TieredStore
 from ds_zero import Zero, full_tensor
 from ds_zero.compat import Init
 
@@ -91,6 +92,21 @@ def exact(stage: int) -> None:
     for given in ({}, routes):
         owner, optimizer = made("mlp", stage, given)
         found.append((train(owner, optimizer, range(3), "mlp", micro=2), whole(owner)))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@distributed(world_size=2)
+def test_state_on_the_host_changes_no_bit(stage: int) -> None:
+    found = []
+    for away in (False, True):
+        gather: Any = Delta(Int8()) if stage == 2 else QuantizedWeights(Int8())
+        routes: dict[str, Any] = {"reduce": LoCo(Int4()), "gather": gather}
+        if away:
+            routes["store"] = TieredStore(masters="host", moments="host", grads="host")
+        owner, optimizer = made("mlp", stage, routes, dtype="bfloat16")
+        found.append((train(owner, optimizer, range(4), "mlp", micro=2), whole(owner)))
     assert found[0][0] == found[1][0]
     assert all(torch.equal(*pair) for pair in zip(found[0][1], found[1][1], strict=True))
 
@@ -229,6 +245,30 @@ def resume(folder: Path, stage: int, name: str) -> None:
     assert train(forgetful, anew, range(3, 6), "mlp", micro=2) != onward
 
 
+@distributed(world_size=4)
+def test_each_rank_of_a_hybrid_mesh_has_its_errors(tmp_path: Path, rank: int) -> None:
+    """HSDP: coded inside the node; a checkpoint has a row for each of all ranks."""
+
+    def build() -> Any:
+        mesh = Topology(**NODES).build()
+        return made("mlp", 2, {"reduce": LoCo(Int4()), "gather": Delta(Int8())}, mesh=mesh)
+
+    owner, optimizer = build()
+    train(owner, optimizer, range(3), "mlp")
+    CheckpointStore(tmp_path).save(3, {"model": owner, "optimizer": optimizer})
+    shapes = {
+        tuple(value.shape)
+        for name, value in optimizer.state_dict().items()
+        if name.startswith("wire/reduce/err")
+    }
+    assert {shape[0] for shape in shapes} == {4}
+    onward = train(owner, optimizer, range(3, 6), "mlp")
+    again, other = build()
+    CheckpointStore(tmp_path).load({"model": again, "optimizer": other}, 3)
+    assert train(again, other, range(3, 6), "mlp") == onward
+    assert all(torch.equal(*pair) for pair in zip(whole(owner), whole(again), strict=True))
+
+
 @pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
 def test_another_world_computes_with_the_same_copies(tmp_path: Path, before: int, after: int) -> None:
     saved = run_ranks(save_copies, before, folder=tmp_path)
@@ -292,6 +332,8 @@ def test_a_file_drives_the_same_objects(rank: int, world: int) -> None:
     routes = engine.owner.routes
     assert routes["gather"].explain().startswith("two hops: Int8(")
     assert "errors fed back with beta 0.9, dropped every 100 steps" in routes["reduce"].explain()
+    rows = {row.key: row.acts for row in engine.explain()}
+    assert rows["wire.gather"] == routes["gather"].explain()
     found = run(engine)
     plain = {"stage": 3, "stage3_param_persistence_threshold": 0}
     model = CASES["tied"].build()

@@ -14,6 +14,7 @@ from ds_zero import Zero, from_pretrained, full_tensor, load_pretrained, set_ful
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to load")
 
+RANKS_IMPORT = ("transformers.modeling_utils",)
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,

@@ -17,6 +17,7 @@ from ds_zero import Zero, from_pretrained, full_tensor, load_pretrained, materia
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to load")
 
+RANKS_IMPORT = ("transformers.modeling_utils",)
 BOUND = 1.2
 DENSE: dict[str, Any] = {
     "vocab_size": 8000,

@@ -28,6 +28,8 @@ LLAMA: dict[str, Any] = {
 }
 GPT2 = {"vocab_size": 256, "n_embd": 128, "n_layer": 8, "n_head": 4, "n_positions": 64}
 
+RANKS_IMPORT = ("transformers.modeling_utils",)
+
 
 def written(directory: Path, model_class: str = "LlamaForCausalLM", **other: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ from ds_core.testing.models import CASES
 from ds_core.testing.parity import Twin, assert_close_norm
 from ds_zero import Zero, compile_blocks, full_grad, full_tensor, shard
 
+RANKS_IMPORT = ("torch._inductor.pattern_matcher", "networkx")
+
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ds_core.testing.distributed import run_ranks
 from ds_zero import full_tensor, shard
 
+RANKS_IMPORT = ("transformers.modeling_utils",)
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,

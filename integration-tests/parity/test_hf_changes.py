@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_hf import MODELS
 
 LR, RELATIVE = 0.05, 2e-5  # of each tensor's norm, in fp32: as in test_hf
+RANKS_IMPORT = ("transformers.modeling_utils",)
 TARGETS = {
     "LlamaForCausalLM": ["q_proj", "down_proj"],
     "GPT2LMHeadModel": ["c_attn"],

@@ -43,8 +43,8 @@ Result = dict[str, Any]
 Build = Callable[[list[nn.Parameter], int], Any]  # parameters, steps of the run -> optimizer
 
 FREEZE = 0.15  # share of the steps that are warm-up, as in the papers' runs
-ADAM: Mapping[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
-LAMB: Mapping[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.01}
+ADAM: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.1}
+LAMB: Mapping[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.01}
 PEAK = {"adam": 2e-3, "lamb": 1e-2}
 CLIP = 1.0
 POINTS = 12  # of a curve

@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contenders import Absent, Setting, Step, adamw, ddp, ddp_with, fsdp2_reshard, loop, no_communication
+from contenders import (
+    Absent,
+    Setting,
+    Step,
+    adamw,
+    ddp,
+    ddp_with,
+    fsdp2_reshard,
+    fsdp2_with,
+    loop,
+    no_communication,
+)
 from torch import nn
 
 from ds_core import ReplicatedOwner, ShardedOptimizer, Topology
@@ -178,3 +189,31 @@ def delta_loco(model: nn.Module, setting: Setting) -> Entry:
     int4 = _named("Int4")
     reduce = _named("LoCo")(_named("TwoHop")(int4(), int4()))
     return _zero(model, setting, 2, gather=_named("Delta")(int4()), reduce=reduce)
+
+
+# -- ours in theirs ------------------------------------------------------------------------------------------
+
+
+@contender("DDP, our 1-bit hook")
+def ddp_onebit(model: nn.Module, setting: Setting) -> Entry:
+    """Gradients as signs, with error feedback on both hops."""
+    onebit = _named("OneBit")()
+    from ds_comm.bridges.ddp import CodedHook, coded_hook
+
+    mesh = Topology().build()
+
+    def register(wrapped: Any) -> None:
+        hook = CodedHook(wrapped, onebit, error_feedback=True, mesh=mesh)
+        wrapped.register_comm_hook(hook, coded_hook)
+
+    return Entry(ddp_with(model, setting, register), mesh.log)
+
+
+@contender("FSDP2, our int8 and int4")
+def fsdp2_coded(model: nn.Module, setting: Setting) -> Entry:
+    gather, reduce = _named("Int8")(), _named("Int4")()
+    from ds_comm.bridges.fsdp2 import use_codecs
+
+    mesh = Topology().build()
+    step = fsdp2_with(model, setting, lambda cut: use_codecs(cut, gather=gather, reduce=reduce, mesh=mesh))
+    return Entry(step, mesh.log)

@@ -160,3 +160,17 @@ def test_the_log_hears_of_it(rank: int, world: int) -> None:
     assert set(rows) == {"all_gather", "all_to_all"}
     assert {row.axis for row in rows.values()} == {"fsdp"}
     assert rows["all_to_all"].calls == 3
+
+
+@distributed(2)
+def test_modules_that_are_cut_together_are_one_unit(rank: int, world: int) -> None:
+    found = []
+    for codecs in ({}, {"gather": FP32, "reduce": FP32}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 33), nn.Linear(33, 6), nn.Linear(6, 3))
+        mesh = DeviceMesh("cpu", [0, 1])
+        fully_shard([model[0], model[1]], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        assert not codecs or use_codecs(model, **codecs) == 2
+        found.append(train(model, 2))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])

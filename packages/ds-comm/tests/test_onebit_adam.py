@@ -139,14 +139,15 @@ def test_groups_inside_one_unit_keep_their_own_settings() -> None:
     assert same(*found)
 
 
+@pytest.mark.parametrize("preconditioned", [True, False])
 @distributed(world_size=2)
-def test_masked_momentum_stays_zero_and_what_never_had_a_gradient_stays() -> None:
+def test_masked_momentum_stays_zero_and_what_never_had_a_gradient_stays(preconditioned: bool) -> None:
     """Rows of an embedding that no token asks for do not move, masked or not."""
     torch.manual_seed(0)
     model = nn.Embedding(6, 16)
     mask = torch.ones(6, 1)
     mask[2] = 0
-    optimizer = adam(model, wire=MomentumWire(block=None, masks={"weight": mask}))
+    optimizer = adam(model, wire=MomentumWire(None, preconditioned=preconditioned, masks={"weight": mask}))
     join(model, optimizer)
     before = model.weight.detach().clone()
     for step in range(6):
@@ -160,7 +161,7 @@ def test_masked_momentum_stays_zero_and_what_never_had_a_gradient_stays() -> Non
     moved = (model.weight.detach() != at_freeze).all(dim=1)
     assert moved.tolist() == [True, True, False, True, False, False]
     assert not state["exp_avg"][2].any()
-    assert state["exp_avg"][4].any()  # one bit says + or -, never 0
+    assert state["exp_avg"][4].any() != preconditioned  # one bit says + or -, never 0
     assert torch.equal(model.weight[4:], before[4:])
     saved = optimizer.route.state_dict()
     error: Any = saved["error/weight"]
@@ -343,3 +344,25 @@ def test_fp16_is_refused() -> None:
     model = CASES["mlp"].build().to(torch.bfloat16)
     with pytest.raises(ValueError, match="masters, and momenta need fp32 ones"):
         join(model, adam(model))
+
+
+@distributed(world_size=2)
+def test_no_element_moves_farther_than_adam_could_move_it() -> None:
+    """A row that had one tiny gradient shares a scale with large ones: unbounded, it would be thrown away."""
+    torch.manual_seed(0)
+    model = nn.Embedding(4, 16)
+    optimizer = adam(model, wire=MomentumWire(None, preconditioned=False), lr=1e-3)
+    join(model, optimizer)
+    for step in range(6):
+        if step == 2:
+            before = model.weight.detach().clone()
+        rare = 1e-12 if step == 0 else 0.0
+        out = model(torch.arange(4))
+        (out[:3].square().sum() + (out[3] * rare).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = (model.weight.detach() - before).abs()
+    (state,) = optimizer.state.values()
+    free = state["exp_avg"][3] / (state["exp_avg_sq"][3].sqrt() + 1e-8)
+    assert float(free.abs().min()) > 100.0  # what it would have been, in learning rates
+    assert float(moved.max()) <= 4 * 1e-3 / (1 - 0.9**3) * (1 + 1e-6)

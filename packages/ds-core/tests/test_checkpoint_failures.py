@@ -267,3 +267,20 @@ def test_every_cut_of_every_shape_reads_back(tmp_path: Path):
     assert list(box_runs((0, 0), (0, 4), (3, 4))) == []
     assert list(box_runs((), (), ())) == [(0, 1)]
     assert len(list(box_runs((1, 0), (2, 4), (3, 4)))) == 1
+
+
+def test_a_step_that_was_half_removed_never_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The process dies while an old step is being removed, a shard of it gone."""
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(1, {"m": SteadyPart({"w": (4,)}, seed=1)})
+
+    def dies(path: Path) -> None:
+        next(path.glob("shard-*")).unlink()
+        raise KeyboardInterrupt("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_commit.shutil, "rmtree", dies)
+        with pytest.raises(SaveError, match="planted"):
+            store.save(2, {"m": SteadyPart({"w": (4,)}, seed=2)})
+    CheckpointStore(tmp_path, keep=3).save(3, {"m": SteadyPart({"w": (4,)}, seed=3)})
+    assert store.steps() == [2, 3]

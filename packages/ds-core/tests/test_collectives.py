@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -72,6 +74,28 @@ def test_three_ranks(rank: int, world: int) -> None:
 @distributed(world_size=2)
 def test_sizes_that_are_probed(rank: int, world: int) -> None:
     check_all(world, rank, 600_000, torch.bfloat16)
+
+
+@distributed(world_size=2)
+def test_a_slow_wire_is_not_probed_over_and_over(rank: int) -> None:
+    """One message says that the wire is the limit; rank 0's clock decides for both."""
+    routes = communicator()._routes
+    taken: list[str] = []
+
+    def slow(out: torch.Tensor, src: torch.Tensor, tag: int) -> list[object]:
+        taken.append("slow")
+        time.sleep(0.3 if rank == 0 else 0.0)
+        return []
+
+    def other(out: torch.Tensor, src: torch.Tensor, tag: int) -> list[object]:
+        taken.append("other")
+        return []
+
+    assert routes._probe("all_to_all", 1 << 20, (slow, other)) is slow
+    assert taken == ["slow"]
+    taken.clear()
+    assert routes._probe("all_to_all", 1 << 20, (other, other)) is other
+    assert len(taken) == 1 + 2 * 3
 
 
 @distributed(world_size=3)

@@ -215,7 +215,10 @@ def zero_redundancy(model: nn.Module, setting: Setting) -> Step:
     )
 
 
-def _fsdp2(model: Any, setting: Setting, reshard: bool) -> Step:
+def fsdp2_with(
+    model: Any, setting: Setting, prepare: Callable[[Any], object], *, reshard: bool = True
+) -> Step:
+    """FSDP2, block by block; `prepare(model)` comes once it is cut."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     low = torch.bfloat16
@@ -225,6 +228,7 @@ def _fsdp2(model: Any, setting: Setting, reshard: bool) -> Step:
     for block in model.blocks:
         fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mp_policy=policy, reshard_after_forward=reshard)
+    prepare(model)
 
     def sync(last: bool) -> contextlib.AbstractContextManager[None]:
         model.set_requires_gradient_sync(last)
@@ -235,12 +239,12 @@ def _fsdp2(model: Any, setting: Setting, reshard: bool) -> Step:
 
 @contender
 def fsdp2_keep(model: nn.Module, setting: Setting) -> Step:
-    return _fsdp2(model, setting, False)
+    return fsdp2_with(model, setting, lambda cut: None, reshard=False)
 
 
 @contender
 def fsdp2_reshard(model: nn.Module, setting: Setting) -> Step:
-    return _fsdp2(model, setting, True)
+    return fsdp2_with(model, setting, lambda cut: None)
 
 
 def _deepspeed(model: nn.Module, setting: Setting, stage: int) -> Step:

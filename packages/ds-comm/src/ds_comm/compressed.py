@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ class CompressedOptimizer(Optimizer):
     """
 
     route: MomentumRoute
+    preconditions = True
 
     @property
     def mode(self) -> Mode:
@@ -51,6 +53,10 @@ class CompressedOptimizer(Optimizer):
         found: Tensor = self.state_of(piece.param)["exp_avg"]
         return found
 
+    def variance(self, piece: Piece) -> Tensor:
+        found: Tensor = self.state_of(piece.param)["exp_avg_sq"]
+        return found
+
     def before_sending_(self, unit: FlatUnit, value: Tensor, *, again: bool) -> None:
         """Momenta travel as they are."""
 
@@ -73,9 +79,19 @@ class CompressedOptimizer(Optimizer):
         return state
 
 
-def direction(momentum: Tensor, variance: Tensor, eps: float) -> Tensor:
-    """momentum / (sqrt(variance) + eps), and 0 where the variance is: there never was a gradient."""
-    return (momentum / variance.sqrt().add_(eps)).masked_fill_(variance == 0, 0.0)
+def direction(momentum: Tensor, variance: Tensor, eps: float, limit: float) -> Tensor:
+    """momentum / (sqrt(variance) + eps) within +-limit; 0 where the variance is, for want of any gradient.
+
+    [Note: no farther than Adam] One bit gives every element of a block the same size, so where the variance
+    is small, in rows of an embedding that are seldom asked for, the quotient has no bound of its own.
+    """
+    return (momentum / variance.sqrt().add_(eps)).clamp_(-limit, limit).masked_fill_(variance == 0, 0.0)
+
+
+def farthest(betas: tuple[float, float]) -> float:
+    """How far in learning rates Adam can move an element in a step (Kingma & Ba 2015, section 2.1)."""
+    beta1, beta2 = betas
+    return max(1.0, (1.0 - beta1) / math.sqrt(1.0 - beta2))
 
 
 def decay_(param: Tensor, group: Mapping[str, Any]) -> None:

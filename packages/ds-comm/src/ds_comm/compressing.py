@@ -27,6 +27,7 @@ class Compressing(Protocol):
     """What the route asks of its optimizer."""
 
     param_groups: list[dict[str, Any]]
+    preconditions: bool  # may momenta be sent in units of the variance?
 
     @property
     def mode(self) -> Mode:
@@ -43,6 +44,10 @@ class Compressing(Protocol):
 
     def momentum(self, piece: Piece) -> Tensor:
         """exp_avg of a piece, fp32, zeros at first."""
+        ...
+
+    def variance(self, piece: Piece) -> Tensor:
+        """exp_avg_sq of a piece."""
         ...
 
     def receive_(self, piece: Piece, momentum: Tensor, *, again: bool) -> None:

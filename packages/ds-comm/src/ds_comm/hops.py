@@ -11,7 +11,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ds_comm.agreement import refuse_disagreement
 from ds_comm.wire_rows import NotFiniteError, RowCodec
+from ds_core.ground.listener import Coding
 from ds_core.ground.texts import exchange
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec, Communicator
@@ -46,26 +48,9 @@ class Hops:
         return [each for node in nodes for each in json.loads(node)]
 
 
-def describe(codec: Codec) -> dict[str, Any]:
-    """What ranks must have alike in a codec, as JSON: its class and its settings or state."""
-    settings = codec.settings() if isinstance(codec, RowCodec) else {**vars(codec), **codec.state_dict()}
-    return {"codec": type(codec).__name__, **{key: str(value) for key, value in settings.items()}}
-
-
 def own(codec: Codec, rank: int) -> Codec:
     """The codec with state of its own, so that no two routes advance the same."""
     return codec.at_rank(rank) if isinstance(codec, RowCodec) else copy.deepcopy(codec)
-
-
-def agree(owner: FlatOwner, what: str, settings: Mapping[str, Any]) -> None:
-    """Raises ValueError on every rank, naming the ranks, where their settings differ. Collective."""
-    texts = exchange(owner.control, json.dumps(settings, sort_keys=True), about=f"the settings of {what}")
-    if len(set(texts)) > 1:
-        ranks: dict[str, list[int]] = {}
-        for rank, text in enumerate(texts):
-            ranks.setdefault(text, []).append(rank)
-        shown = "; ".join(f"ranks {numbers} have {text}" for text, numbers in ranks.items())
-        raise ValueError(f"the ranks disagree about {what}: {shown}. Give every rank the same settings")
 
 
 def join(
@@ -80,7 +65,8 @@ def join(
     """The hops along the owner's axis, or one, once all ranks have the same settings. Collective."""
     direct = owner.comm if channel == "reduce" else owner.gather_comm
     size = owner.mesh.node_size(owner.axis, node_size) if two else direct.world
-    agree(owner, what, {**settings, "axis": owner.axis, "ranks": direct.world, "of a node": size})
+    layout = {"axis": owner.axis, "ranks": direct.world, "node_size": size}
+    refuse_disagreement(owner.control, {**settings, **layout}, what=what)
     if not two or direct.world == 1:
         return Hops(owner.mesh.alone(), direct)
     return Hops(*owner.mesh.hops(owner.axis, channel, node_size=size))
@@ -107,24 +93,37 @@ def read(codec: Codec, wire: Tensor, out: Tensor, *, accumulate: bool = False) -
 
 
 def spread(
-    hops: Hops, codec: Codec, mine: Tensor, numel: int, put: Callable[[Tensor, int], None], about: str
+    hops: Hops,
+    codec: Codec,
+    mine: Tensor,
+    numel: int,
+    put: Callable[[Tensor, int], None],
+    *,
+    dtype: torch.dtype,
+    about: str,
 ) -> Ticket:
     """Every rank's coded row [wire bytes] to every rank: once between nodes, and on inside each.
 
     `put` is given the rows of place j in every node, [nodes, wire bytes], and j, once all have been looked
-    at.
+    at. `dtype`: in which the values would travel without a codec, for the communication log.
     """
     nodes, places, width = hops.across.world, hops.node.world, mine.numel()
     column = hops.across.allocate(nodes * width, torch.uint8) if nodes > 1 else mine
-    first = hops.across.all_gather(column, mine, about=about) if nodes > 1 else Ticket()
+    plain = nodes * numel * dtype.itemsize
+    with Coding(hops.across, codec, plain).sending():
+        first = hops.across.all_gather(column, mine, about=about) if nodes > 1 else Ticket()
+    inside = Coding(hops.node if places > 1 else hops.across, codec, places * plain)
 
     def second() -> None:
         rows = hops.node.allocate(places * nodes * width, torch.uint8) if places > 1 else column
         if places > 1:
-            hops.node.all_gather(rows, column, about=about).wait()
-        refuse(codec, rows.view(-1, width), numel)
-        for place, part in enumerate(rows.view(places, nodes, width)):
-            put(part, place)
+            with inside.sending():
+                ticket = hops.node.all_gather(rows, column, about=about)
+            ticket.wait()
+        with inside.decoding():
+            refuse(codec, rows.view(-1, width), numel)
+            for place, part in enumerate(rows.view(places, nodes, width)):
+                put(part, place)
 
     return Ticket([first], keepalive=(column, mine), finish=second)
 

@@ -28,6 +28,7 @@ from ds_core.ground.mesh import Mesh
 from ds_core.train.clock import Clock, clock_for
 
 _log = logging.getLogger("ds_comm")
+FSDP_AXIS = "fsdp"  # of what the bridge to FSDP2 sends, along groups that no mesh made
 
 
 class CommLog:
@@ -41,9 +42,10 @@ class CommLog:
 
     Nothing waits for it: on CPU an arrival is noticed when its ticket is waited for anyway, elsewhere events
     are recorded and read later. A step is what lies between two `end_step()`; the engine says so by itself.
-    `ops`, `axes`: only these. `keep`: collectives whose times are kept to compare ranks, the same number on
-    every rank. `verbose`: a line for each collective, with the caller if `debug`. `plain_bandwidth`: bytes
-    per second over a link, by axis, where `measure_plain` or `ds comm bench` found it.
+    `ops`, `axes`: only these; "dp_shard/across" is an axis too, and "fsdp" what `use_codecs` sends. `keep`:
+    collectives whose times are kept to compare ranks, the same number on every rank. `verbose`: a line for
+    each collective, with the caller if `debug`. `plain_bandwidth`: bytes per second over a link, by axis,
+    where `measure_plain` or `ds comm bench` found it.
     Raises ValueError for an operation that does not exist, RuntimeError if the mesh has a log already.
     """
 
@@ -63,7 +65,8 @@ class CommLog:
         if unknown:
             raise ValueError(f"ops={list(ops)}: there is no {unknown[0]!r}; allowed: {', '.join(OPS)}")
         for axis in axes or ():
-            mesh.size(axis)
+            if axis != FSDP_AXIS:
+                mesh.size(axis.partition("/")[0])  # hops along an axis are called axis/node and axis/across
         if keep < 1:
             raise ValueError(f"keep={keep}: allowed is 1 or more")
         if mesh.log.listener is not None:

@@ -136,12 +136,13 @@ def num_bytes(value: float) -> str:
 
 
 def _table(summary: CommSummary) -> Any:
+    from rich import box
     from rich.table import Table
 
     told = any(row.straggler for row in summary.rows)
-    crosses = any(row.cross_node_bytes is not None for row in summary.rows)
+    crosses = any(row.cross_node_bytes for row in summary.rows)
     title = f"Communication of rank {summary.rank} of {summary.world}, {summary.steps} steps"
-    table = Table(title=title)
+    table = Table(title=title, box=box.SIMPLE)
     for name in ("axis", "op", "codec"):
         table.add_column(name, no_wrap=True)
     numbers = ["ranks", "calls", "before", "on wire", "sent", *(["to other hosts"] if crosses else [])]

@@ -11,7 +11,7 @@ from ds_core.ground.ticket import Waitable
 from ds_core.train.clock import Clock
 
 _FEW = 8
-BLOCKED_S = 20e-6  # a wait this long was for something that had not arrived yet
+BLOCKED_S = 50e-6  # a wait this long was for something that had not arrived yet
 
 
 class Ended(Protocol):

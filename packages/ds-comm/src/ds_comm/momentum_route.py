@@ -11,10 +11,12 @@ from ds_comm.agreement import refuse_disagreement
 from ds_comm.compressing import Compressing, GroupRuns, Mode
 from ds_comm.error_feedback import ErrorRows
 from ds_comm.masks import Masks
+from ds_comm.preconditioner import Exponents
 from ds_comm.server_errors import ServerErrors
 from ds_comm.signs_wire import MomentumWire, SignRows, plan_chunks
 from ds_comm.spoilt import SpoiltMomenta
 from ds_core.ground.codec import reduce_coded
+from ds_core.ground.listener import Coding
 from ds_core.ground.ticket import Ticket
 from ds_core.state.layout import BucketLayout
 from ds_core.state.owner import FlatOwner
@@ -50,6 +52,7 @@ class MomentumRoute:
         self._server: ServerErrors | None = None
         self._layouts: dict[str, BucketLayout] = {}  # by the unit's key
         self._received: dict[str, list[Tensor]] = {}  # m, as it came: the sum of these
+        self._exponents: dict[str, Exponents | None] = {}  # of the variance that m came in units of
         self._flying: set[str] = set()
         self._groups = GroupRuns(optimizer)
 
@@ -61,12 +64,18 @@ class MomentumRoute:
         self._optimizer.refuse(owner)
         self._masks.connect(owner.trainable, owner.comm.world)
         wire = self._wire
-        settings = {"block": wire.block, "norm": wire.norm, "masks": self._masks.digests()}
+        settings = {
+            "block": wire.block,
+            "norm": wire.norm,
+            "preconditioned": wire.preconditioned,
+            "masks": self._masks.digests(),
+        }
         what = type(self._optimizer).__name__
         refuse_disagreement(owner.control, {**self._optimizer.settings(), **settings}, what=what)
         self.owner = owner
         self._layouts = {unit.key: plan_chunks(unit.layout, owner.comm.world) for unit in owner.trainable}
         self._received.clear()
+        self._exponents.clear()
         self._flying.clear()
         if self._errors is not None:  # units are cut anew
             self._start()
@@ -116,7 +125,8 @@ class MomentumRoute:
         owner = self.need()
         mode = self._optimizer.mode
         if mode is Mode.PLAIN:
-            self._received.pop(unit.key, None)
+            self._received.pop(unit.key, None)  # the variance changes, and the momentum
+            self._exponents.pop(unit.key, None)
             return self._plain(unit, out, full, scale=scale, accumulate=accumulate)
         again = accumulate
         if not owner.sharded:  # there the reducer adds
@@ -131,11 +141,17 @@ class MomentumRoute:
                 self._keep(unit, out, value, again=again)
             return Ticket()
         self._optimizer.before_sending_(unit, value, again=again)
+        powers = self._powers(unit)
+        if powers is not None:
+            powers.divide_(value)
         comm, rows = owner.comm, SignRows.of(self._layouts[unit.key].shard_numel, self._wire)
         sent = comm.allocate(comm.world * rows.width, torch.uint8)
         received = comm.allocate(comm.world * rows.width, torch.uint8)
-        self._pack(unit, rows, value, errors, sent)
-        ticket = comm.all_to_all(received, sent, about=unit.about)
+        coding = Coding(comm, rows, comm.world * rows.each * unit.dtype.itemsize)
+        with coding.encoding():
+            self._pack(unit, rows, value, errors, sent)
+        with coding.sending():
+            ticket = comm.all_to_all(received, sent, about=unit.about)
         self._flying.add(unit.key)
 
         @torch.no_grad()
@@ -144,12 +160,21 @@ class MomentumRoute:
             owner.changes.open()
             error, mine = server.of(unit), comm.allocate(rows.width, torch.uint8)
             mean = torch.empty(rows.each, device=unit.device)
-            rows.sum(received, mean, factor=1.0 / comm.world)
-            rows.pack_(mean, error, mine)
+            with coding.decoding():
+                rows.sum(received, mean, factor=1.0 / comm.world)
+            begin = comm.rank * rows.each
+            with coding.encoding():
+                if powers is not None:
+                    powers.divide_(error, begin)
+                rows.pack_(mean, error, mine)
+                if powers is not None:
+                    powers.multiply_(error, begin)
             server.clean(unit)
-            self._masks.apply_(unit, error, comm.rank * rows.each)
+            self._masks.apply_(unit, error, begin)
             everybody = comm.allocate(comm.world * rows.width, torch.uint8)
-            comm.all_gather(everybody, mine, about=unit.about).wait()
+            with coding.sending():
+                spread = comm.all_gather(everybody, mine, about=unit.about)
+            spread.wait()
             if not bool(torch.isfinite(rows.scales(everybody)).all()):
                 errors.of(unit).zero_()
                 error.zero_()
@@ -217,8 +242,21 @@ class MomentumRoute:
             owner.comm.all_gather(whole, shard, about=f"momentum of {unit.about}").wait()
         return whole
 
+    def _powers(self, unit: FlatUnit) -> Exponents | None:
+        """What momenta are divided by on the wire. Collective at stages 1 and 2 if the variance changed."""
+        if unit.key not in self._exponents:
+            owner, found = self.need(), None
+            if self._wire.preconditioned and self._optimizer.preconditions:
+                comm, numel = owner.comm if owner.sharded else None, self._layouts[unit.key].numel
+                parts = [(slice(*p.overlap.local), self._optimizer.variance(p)) for p in self.pieces(unit)]
+                found = Exponents.gather(parts, numel, comm, unit.about)
+            self._exponents[unit.key] = found
+        return self._exponents[unit.key]
+
     def _pack(self, unit: FlatUnit, rows: SignRows, value: Tensor, errors: ErrorRows, wire: Tensor) -> None:
-        error = errors.of(unit)
+        error, powers = errors.of(unit), self._powers(unit)
+        if powers is not None:
+            powers.divide_(error)
         if error.numel() == value.numel():
             rows.pack_(value, error, wire)
         else:  # nothing is cut, and chunks are not of one size
@@ -226,12 +264,17 @@ class MomentumRoute:
             padded[: error.numel()].copy_(error)
             rows.pack_(value, padded, wire)
             error.copy_(padded[: error.numel()])
+        if powers is not None:
+            powers.multiply_(error)
         errors.clean(unit)
         self._masks.apply_(unit, error, 0)
 
     def _decode(self, unit: FlatUnit, rows: SignRows, wire: Tensor, out: Tensor, begin: int) -> Tensor:
         """What came, as momentum: out [rows * each] <- wire, of the unit's elements from `begin` on."""
         rows.unpack(wire, out)
+        powers = self._powers(unit)
+        if powers is not None:
+            powers.multiply_(out, begin)
         self._optimizer.after_receiving_(unit, out, begin)
         self._masks.apply_(unit, out, begin)
         return out
@@ -279,6 +322,7 @@ class MomentumRoute:
     def load_targets(self, saved: Mapping[str, SavedTensor]) -> dict[str, Tensor | FlatShard]:
         """Nothing from a run that has sent no signs yet, or of another optimizer."""
         self._received.clear()
+        self._exponents.clear()
         self._errors = self._server = None
         if not saved:
             return {}

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Adam
 from torch.optim.optimizer import ParamsT
 
-from ds_comm.compressed import CompressedOptimizer, decay_, direction
+from ds_comm.compressed import CompressedOptimizer, decay_, direction, farthest
 from ds_comm.compressing import Mode
 from ds_comm.freeze import VarianceTest, WarmUp
 from ds_comm.momentum_route import MomentumRoute
@@ -97,14 +97,14 @@ class OnebitAdam(CompressedOptimizer, Adam):
     def _apply(self) -> None:
         """Momenta came as gradients: the step along them, with the variance as it was."""
         for group in self.param_groups:
-            lr, beta1 = float(group["lr"]), float(group["betas"][0])
+            lr, beta1, limit = float(group["lr"]), float(group["betas"][0]), farthest(group["betas"])
             for param in group["params"]:
                 if param.grad is None:
                     continue
                 state = self.state_of(param)
                 state["step"] += 1
                 decay_(param, group)
-                update = direction(param.grad, state["exp_avg_sq"], group["eps"])
+                update = direction(param.grad, state["exp_avg_sq"], group["eps"], limit)
                 param.add_(update, alpha=-lr / (1.0 - beta1 ** float(state["step"])))
 
     def _freeze(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ds_comm.compressed import CompressedOptimizer, direction, refuse_numbers
+from ds_comm.compressed import CompressedOptimizer, direction, farthest, refuse_numbers
 from ds_comm.compressing import Mode
 from ds_comm.freeze import VarianceTest, WarmUp
 from ds_comm.momentum_route import MomentumRoute
@@ -61,6 +61,7 @@ class OnebitLamb(CompressedOptimizer):
     """
 
     elementwise = False
+    preconditions = False  # layers have scales instead
 
     def __init__(
         self,
@@ -163,7 +164,9 @@ class OnebitLamb(CompressedOptimizer):
     ) -> None:
         """LAMB with a variance that stays, and a coefficient that follows the fresh one."""
         beta1, limits = group["betas"][0], self.coefficients
-        alone = direction(momentum / (1.0 - beta1 ** float(state["step"])), state["exp_avg_sq"], group["eps"])
+        limit = farthest(group["betas"])
+        momentum = momentum / (1.0 - beta1 ** float(state["step"]))
+        alone = direction(momentum, state["exp_avg_sq"], group["eps"], limit)
         update = alone.add(param, alpha=group["weight_decay"])
         frozen, fresh = state["exp_avg_sq"].sqrt(), state["fresh_avg_sq"].sqrt()
         factor = ((frozen + group["eps"]) / (fresh + group["eps"])).max()

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_comm.hops import Hops, describe, join, name_not_finite, own, read, spread
+from ds_comm.agreement import settings_of
+from ds_comm.hops import Hops, join, name_not_finite, own, read, spread
 from ds_comm.wire_rows import NotFiniteError
+from ds_core.ground.listener import Coding
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec
 from ds_core.state.owner import FlatOwner
@@ -39,7 +41,7 @@ class QuantizedWeights:
         """What ranks must agree on."""
         return {
             "route": type(self).__name__,
-            "codec": describe(self._given),
+            "codec": settings_of(self._given),
             "hierarchical": self._hierarchical,
         }
 
@@ -81,13 +83,14 @@ class QuantizedWeights:
         """unit.whole <- (or +=) what every rank's `values` [numel] decode to; they are of `named`."""
         hops, codec = self.hops, self._codec
         mine = hops.only.allocate(codec.wire_bytes(numel), torch.uint8)
-        codec.encode(values.view(1, -1), mine.view(1, -1))
+        with Coding(hops.only, codec, numel * unit.dtype.itemsize).encoding():
+            codec.encode(values.view(1, -1), mine.view(1, -1))
         whole = unit.whole.view(hops.across.world, hops.node.world, numel)
 
         def put(rows: Tensor, place: int) -> None:
             read(codec, rows, whole[:, place], accumulate=accumulate)
 
-        ticket = spread(hops, codec, mine, numel, put, unit.about)
+        ticket = spread(hops, codec, mine, numel, put, dtype=unit.dtype, about=unit.about)
 
         def finish() -> None:
             try:

@@ -23,12 +23,16 @@ class MomentumWire:
     `block`: elements that share a scale, a multiple of 16; None is one scale for each rank's chunk, as in the
     papers. Small blocks follow the momentum's size from layer to layer: with 2048 they cost 1.6 % more bytes.
     `norm`: the scale is |c|_1 / n ("l1": Tang et al. 2021) or |c|_2 / sqrt(n) ("l2": the reference system).
+    `preconditioned`: momenta are sent in units of a power of two near the root of their variance, so that the
+    size which signs share fits elements with large gradients and with small ones; False sends them as they
+    are, as the papers do. 1-bit LAMB scales whole layers instead. Memory: a byte for each element.
     `masks`: parameter, by name or itself, -> [its shape, or what broadcasts to it], 0 where momentum is held
     at zero: rows that never get a gradient, such as positions past the sequences of this phase of training.
     """
 
     block: int | None = 2048
     norm: Literal["l1", "l2"] = "l1"
+    preconditioned: bool = True
     masks: Mapping[str | Tensor, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

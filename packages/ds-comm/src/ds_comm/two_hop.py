@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_comm.agreement import settings_of
 from ds_comm.block_codecs import BlockCodec
-from ds_comm.hops import Hops, describe, join, mark, name_not_finite, own, read, refuse, spread
+from ds_comm.hops import Hops, join, mark, name_not_finite, own, read, refuse, spread
 from ds_comm.wire_rows import NotFiniteError, put, sum_rows
+from ds_core.ground.listener import Coding
 from ds_core.ground.ticket import Ticket
 from ds_core.ground.wire import Codec
 from ds_core.state.owner import FlatOwner
@@ -48,7 +50,7 @@ class TwoHop:
 
     def settings(self) -> dict[str, Any]:
         """What ranks must agree on."""
-        return {"route": type(self).__name__, "codecs": [describe(codec) for codec in self._codecs]}
+        return {"route": type(self).__name__, "codecs": [settings_of(codec) for codec in self._codecs]}
 
     def connect(self, owner: FlatOwner, settings: Mapping[str, Any] | None = None) -> None:
         """Collective. Raises ValueError where ranks disagree, or the axis does not divide into nodes.
@@ -125,14 +127,17 @@ class TwoHop:
         )
         comm, width = hops.node if hops.two else hops.only, first.wire_bytes(numel)
         sent = comm.allocate(world * width, torch.uint8)
-        for chunks, rows in zip(groups, sent.view(*groups.shape[:2], width), strict=True):
-            first.encode(chunks, rows)
-        mark(first, sent.view(world, width), numel)
+        coding = Coding(comm, first, world * numel * full.dtype.itemsize)
+        with coding.encoding():
+            for chunks, rows in zip(groups, sent.view(*groups.shape[:2], width), strict=True):
+                first.encode(chunks, rows)
+            mark(first, sent.view(world, width), numel)
         if lost is not None:
             for chunks, rows in zip(groups, sent.view(*groups.shape[:2], width), strict=True):
                 chunks.sub_(_decoded(first, rows, numel))
         received = comm.allocate(world * width, torch.uint8)
-        ticket = comm.all_to_all(received, sent, about=unit.about)
+        with coding.sending():
+            ticket = comm.all_to_all(received, sent, about=unit.about)
 
         def finish() -> None:
             ticket.wait()
@@ -143,7 +148,8 @@ class TwoHop:
             try:
                 refuse(self._last, rows, numel)
                 if self._sharded:
-                    sum_rows(self._last, rows, out, scale=scale, accumulate=accumulate)
+                    with coding.decoding():
+                        sum_rows(self._last, rows, out, scale=scale, accumulate=accumulate)
                 else:
                     whole = values.view(world, numel) if lost is not None else None
                     self._to_all(unit, out, rows, numel, scale, accumulate, whole)
@@ -166,16 +172,20 @@ class TwoHop:
         rows = received.view(hops.node.world, nodes, intra.wire_bytes(numel))
         sent = hops.across.allocate(nodes * width, torch.uint8).view(nodes, width)
         sent[:, -4:] = 0
-        if loss is not None or not _recode(intra, rows, numel, inter, sent):
-            sums = torch.empty(nodes, numel, dtype=torch.float32, device=unit.device)
-            for node in range(nodes):
-                sum_rows(intra, rows[:, node], sums[node])
-            inter.encode(sums, sent)
-            if loss is not None:
-                loss.add_(sums.sub_(_decoded(inter, sent, numel)))
-        mark(inter, sent, numel)
+        coding = Coding(hops.across, inter, nodes * numel * unit.dtype.itemsize)
+        with coding.encoding():
+            if loss is not None or not _recode(intra, rows, numel, inter, sent):
+                sums = torch.empty(nodes, numel, dtype=torch.float32, device=unit.device)
+                for node in range(nodes):
+                    sum_rows(intra, rows[:, node], sums[node])
+                inter.encode(sums, sent)
+                if loss is not None:
+                    loss.add_(sums.sub_(_decoded(inter, sent, numel)))
+            mark(inter, sent, numel)
         across = hops.across.allocate(nodes * width, torch.uint8)
-        hops.across.all_to_all(across, sent.view(-1), about=unit.about).wait()
+        with coding.sending():
+            ticket = hops.across.all_to_all(across, sent.view(-1), about=unit.about)
+        ticket.wait()
         return across.view(nodes, width)
 
     def _to_all(
@@ -198,7 +208,12 @@ class TwoHop:
         if losses is not None:
             losses[rank].add_(mean[0].sub_(_decoded(codec, mine.view(1, -1), numel)[0]), alpha=1.0 / scale)
         whole = torch.empty(hops.across.world, places, numel, dtype=torch.float32, device=unit.device)
-        spread(hops, codec, mine, numel, lambda part, j: read(codec, part, whole[:, j]), unit.about).wait()
+        spread(
+            *(hops, codec, mine, numel),
+            lambda part, j: read(codec, part, whole[:, j]),
+            dtype=unit.dtype,
+            about=unit.about,
+        ).wait()
         put(out, whole.view(-1)[: out.numel()], scale=1.0, accumulate=accumulate)
 
     # -- checkpoints: only rounding by chance has a state ------------------------------------------------

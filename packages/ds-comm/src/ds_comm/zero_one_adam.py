@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ds_comm.compressed import CompressedOptimizer, decay_, direction, refuse_numbers
+from ds_comm.compressed import CompressedOptimizer, decay_, direction, farthest, refuse_numbers
 from ds_comm.compressing import Mode
 from ds_comm.momentum_route import MomentumRoute
 from ds_comm.signs_wire import MomentumWire
@@ -202,20 +202,20 @@ class ZeroOneAdam(CompressedOptimizer):
         # Momenta as they came, clipped if they were; of a parameter that has no gradient just now, its own.
         momentum = state["exp_avg"] if mode is Mode.PLAIN or param.grad is None else param.grad
         correction = 1.0 - float(group["betas"][1]) ** self.refreshes
-        variance = state["exp_avg_sq"] / correction
+        variance, limit = state["exp_avg_sq"] / correction, farthest(group["betas"])
         if mode is Mode.LOCAL:
             if "anchor" not in state:
                 state["anchor"], state["drift"] = param.clone(), torch.zeros_like(param)
             state["drift"].add_(momentum, alpha=length)
-            update = direction(state["drift"], variance, group["eps"])
+            update = direction(state["drift"], variance, group["eps"], limit * (self._lengths[at] + length))
             torch.sub(state["anchor"] * (self._decays[at] * _kept(group)), update, out=param)
         elif "anchor" in state:
-            update = direction(momentum, variance, group["eps"]).mul_(self._lengths[at] + length)
+            update = direction(momentum, variance, group["eps"], limit).mul_(self._lengths[at] + length)
             torch.sub(state["anchor"] * (self._decays[at] * _kept(group)), update, out=param)
             del state["anchor"], state["drift"]
         else:
             decay_(param, group)
-            param.add_(direction(momentum, variance, group["eps"]), alpha=-length)
+            param.add_(direction(momentum, variance, group["eps"], limit), alpha=-length)
         state["step"] += 1
 
     def _refresh_(self, state: dict[str, Any], group: dict[str, Any], param: Tensor) -> None:

@@ -210,8 +210,10 @@ def reduce_remembering(
 @dataclass(frozen=True, slots=True)
 class _Job:
     work: Callable[[], None]
+    result: Tensor
     ready: Any  # an event in the stream that made the gradients; None on CPU
-    future: Future[list[BaseException]]
+    future: Future[Tensor]
+    failed: list[BaseException]
 
 
 class _Line:
@@ -228,23 +230,23 @@ class _Line:
 
     def run(self, result: Tensor, work: Callable[[], None]) -> Future[Tensor]:
         """`result` once `work` is done; its error, if it raises."""
-        if self._thread is None:
-            work_off = _work_off if self._device.type == "cpu" else _work_off_in_a_stream
-            self._thread = threading.Thread(
-                target=work_off, args=(self._jobs, self._device), name="ds-ddp-hook", daemon=True
-            )
-            self._thread.start()
         on_device = self._device.type != "cpu"
+        if self._thread is None:
+            target = _work_off_in_a_stream if on_device else _work_off
+            arguments = (self._jobs, self._device)
+            self._thread = threading.Thread(target=target, args=arguments, name="ds-ddp-hook", daemon=True)
+            self._thread.start()
         ready = torch.Event(device=self._device) if on_device else None
         if ready is not None:
             ready.record()
-        future = Future[list[BaseException]](devices=[self._device] if on_device else None)
-        self._jobs.put(_Job(work, ready, future))
+        future = Future[Tensor](devices=[self._device] if on_device else None)
+        failed: list[BaseException] = []
+        self._jobs.put(_Job(work, result, ready, future, failed))
 
-        def unwrap(done: Future[list[BaseException]]) -> Tensor:
-            for error in done.value():
+        def unwrap(done: Future[Tensor]) -> Tensor:
+            for error in failed:
                 raise error
-            return result
+            return done.value()
 
         return future.then(unwrap)
 
@@ -259,21 +261,20 @@ def _work_off(jobs: "queue.SimpleQueue[_Job | None]", device: torch.device) -> N
 
 
 def _work_off_in_a_stream(jobs: "queue.SimpleQueue[_Job | None]", device: torch.device) -> None:
-    stream = torch.Stream(device)
     module = torch.get_device_module(device)
     module.set_device(device)
+    stream = module.Stream(device)
     with torch.no_grad(), module.stream(stream):
         while (job := jobs.get()) is not None:
-            stream.wait_event(job.ready)
+            job.ready.wait(stream)
             _do(job)
 
 
 def _do(job: _Job) -> None:
     """Every job ends its future: a rank whose thread died silently would wait in backward for ever."""
-    failed: list[BaseException] = []
     try:
         job.work()
     except BaseException as error:
-        failed.append(error)
+        job.failed.append(error)
     with contextlib.suppress(RuntimeError):  # what the future's callback raises, backward raises too
-        job.future.set_result(failed)
+        job.future.set_result(job.result)

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from ds_comm.agreement import refuse_disagreement, settings_of
+from ds_comm.log import FSDP_AXIS
 from ds_comm.wire_rows import NotFiniteError, RowCodec
 from ds_core.ground.codec import gather_coded, reduce_coded
 from ds_core.ground.collectives import TorchCommunicator, WireLog
@@ -35,7 +36,7 @@ def use_codecs(
     """
     if gather is None and reduce is None:
         raise ValueError("no codec given; allowed: gather=, reduce=, or both")
-    units = [(name or "the root", module) for name, module in model.named_modules() if _is_unit(module)]
+    units = _units(model)
     if not units:
         raise ValueError("no module of this model went through fully_shard; cut it first, then choose codecs")
     mesh = mesh or Topology().build()
@@ -55,9 +56,16 @@ def use_codecs(
     return len(units)
 
 
-def _is_unit(module: Any) -> bool:
-    """A module of a group that was cut together has no parameters of its own to move."""
-    return isinstance(module, FSDPModule) and len(module._get_fsdp_state()._fsdp_param_groups) == 1
+def _units(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name, module), one of each group that was cut together; a module without parameters moves none."""
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, FSDPModule):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None)  # older torch keeps one, or none
+            if groups if groups is not None else getattr(state, "_fsdp_param_group", None):
+                found.setdefault(id(state), (name or "the root", module))
+    return list(found.values())
 
 
 class Wires:
@@ -69,8 +77,8 @@ class Wires:
 
     def over(self, group: ProcessGroup, device: torch.device) -> TorchCommunicator:
         if group not in self._known:
-            lane = lane_of("fsdp", group)
-            self._known[group] = TorchCommunicator(group, device, log=self._log, axis="fsdp", lane=lane)
+            lane = lane_of(FSDP_AXIS, group)
+            self._known[group] = TorchCommunicator(group, device, log=self._log, axis=FSDP_AXIS, lane=lane)
         return self._known[group]
 
 

@@ -16,6 +16,7 @@ from ds_core.ground.ticket import Ticket, Waitable
 _TOLD_BYTES = 512
 _PROBE_FROM_BYTES = 1 << 20  # smaller messages are not worth choosing a route for
 _PROBE_ROUNDS = 3
+_PROBE_SLOW_S = 0.25  # of one message of at most 16 MiB
 _DIRECT_BONUS = 0.7  # the other routes copy what they carry: they must be faster by more than noise
 
 _Route = Callable[[Tensor, Tensor, int], list[Waitable]]
@@ -135,19 +136,25 @@ class Routes:
         nbytes = min(nbytes, 1 << 24) // self.world * self.world
         out = torch.zeros(nbytes, dtype=torch.uint8)
         src = out.view(self.world, -1)[self.rank] if op == "all_gather" else torch.zeros_like(out)
-        best = []
-        for candidate in candidates:
-            times = []
-            for _ in range(_PROBE_ROUNDS):
-                dist.barrier(group=self.group)
-                began = time.perf_counter()
-                Ticket(candidate(out, src, 0)).wait()
-                times.append(time.perf_counter() - began)
-            best.append(min(times))
+
+        def lap(candidate: _Route) -> float:
+            dist.barrier(group=self.group)
+            began = time.perf_counter()
+            Ticket(candidate(out, src, 0)).wait()
+            return time.perf_counter() - began
+
+        first = self._from_first(lap(candidates[0]))
+        if first > _PROBE_SLOW_S:  # the wire is the limit, and every route sends as many bytes
+            return candidates[0]
+        best = [min(lap(candidate) for _ in range(_PROBE_ROUNDS)) for candidate in candidates]
         best[0] *= _DIRECT_BONUS
-        choice = torch.tensor([min(range(len(best)), key=best.__getitem__)])
-        dist.broadcast(choice, group=self.group, group_src=0)
-        return candidates[int(choice)]
+        return candidates[int(self._from_first(min(range(len(best)), key=best.__getitem__)))]
+
+    def _from_first(self, value: float) -> float:
+        """Rank 0's value on every rank."""
+        told = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(told, group=self.group, group_src=0)
+        return float(told)
 
 
 def native_all_gather(out: Tensor, shard: Tensor, group: ProcessGroup) -> Waitable:

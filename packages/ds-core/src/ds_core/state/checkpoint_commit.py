@@ -88,8 +88,12 @@ def clean(directory: Path, keep: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a directory; what cannot be removed is reported, and does not stop a save."""
+    """Remove a directory; what cannot be removed is reported, and does not stop a save.
+
+    The index goes first: a directory that is half gone when the process dies must not be taken for a step.
+    """
     try:
+        (path / INDEX).unlink(missing_ok=True)
         shutil.rmtree(path)
     except OSError as error:
         log.warning("could not remove %s: %s; remove it by hand", path, error)

@@ -29,6 +29,13 @@ class Planned(Protocol):
     keys: tuple[Setting, ...]
 
 
+@runtime_checkable
+class SaysHow(Protocol):
+    """A route that says in one line what really travels."""
+
+    def explain(self) -> str: ...
+
+
 class Stepping(Protocol):
     """What is read of an engine."""
 
@@ -80,9 +87,12 @@ def _owner(owner: FlatOwner) -> Iterator[Setting]:
     axis = owner.axis if owner.replicas.world == 1 else "data"
     yield Setting("owner.ranks", world, Origin("derived", f"mesh axis {axis}"), "the data axis", world > 1)
     yield Setting("owner.device", str(owner.device), Origin("derived", "the mesh"), "parameters, gradients")
+    for kind, route in owner.routes.items():
+        says = route.explain() if isinstance(route, SaysHow) else "a route"
+        yield Setting(f"wire.{kind}", type(route).__name__, _CODE, says, world > 1)
     if isinstance(owner.everyone, TorchCommunicator):
-        route = owner.everyone.route
-        yield Setting("owner.route", route, Origin("derived", "what all ranks have"), "CPU tensors' way")
+        carries = owner.everyone.route
+        yield Setting("owner.route", carries, Origin("derived", "what all ranks have"), "CPU tensors' way")
     config = getattr(owner, "config", None)
     if isinstance(config, Explained):
         yield from config.settings(world)
