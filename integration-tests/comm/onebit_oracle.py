@@ -64,14 +64,14 @@ class FlatOracle:
         self.server = torch.zeros(self.padded)
 
     def in_units(self, sent: Sequence[Tensor]) -> Tensor:
-        """As `mean_of_signs`, sent in units of a power of two near the variance's root."""
+        """As `mean_of_signs`, sent in units of a power of two near the variance's root, 8 of them at most."""
         exponent = torch.frexp(self.v).exponent
         unit = torch.tensor([2.0 ** (int(e) // 2) for e in exponent.tolist()])
         alive = self.v > 0
         errors = [*self.worker, self.server]
         for error in errors:
             error.copy_(torch.where(alive, error / unit, 0.0))
-        found = self.mean_of_signs([torch.where(alive, each / unit, 0.0) for each in sent])
+        found = self.mean_of_signs([torch.where(alive, each / unit, 0.0).clamp(-8, 8) for each in sent])
         for error in errors:
             error.copy_(torch.where(alive, error * unit, 0.0))
         return torch.where(alive, found * unit, 0.0)

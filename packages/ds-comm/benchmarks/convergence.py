@@ -31,6 +31,7 @@ from ds_comm import (
     ZeroOneAdam,
     ZeroOneSchedule,
 )
+from ds_comm.compressing import Mode
 from ds_core import ShardedOptimizer
 from ds_core.state.owner import FlatOwner, ReplicatedOwner
 from ds_core.testing.distributed import run_ranks
@@ -111,7 +112,7 @@ def train(rank: int, world: int, contender: str, seed: int, job: Mapping[str, An
         picked = torch.randint(len(windows), (world, job["batch"]), generator=chosen)[rank].tolist()
         owner.mesh.log.clear()
         model(*windows.batch(picked)).backward()
-        if not getattr(optimizer, "frozen", False):  # after it the norm would be the momentum's
+        if getattr(optimizer, "mode", Mode.PLAIN) is Mode.PLAIN:  # else the norm would be the momentum's
             clip_grad_norm_(optimizer, CLIP)
         optimizer.step()
         optimizer.zero_grad()

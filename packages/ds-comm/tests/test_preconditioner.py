@@ -31,3 +31,11 @@ def test_without_a_variance_both_ways_give_zero() -> None:
     units = Exponents.gather([(slice(0, 4), torch.tensor([0.0, 1.0, 0.0, 4.0]))], 4, None, "all")
     assert units.divide_(torch.ones(4)).tolist() == [0.0, 1.0, 0.0, 0.5]
     assert units.multiply_(torch.ones(4)).tolist() == [0.0, 1.0, 0.0, 2.0]
+
+
+def test_a_gradient_that_comes_back_does_not_set_the_size_of_its_block() -> None:
+    """Elements whose variance was taken when they had next to no gradients: a seldom token's embedding."""
+    units = Exponents.gather([(slice(0, 4), torch.tensor([1.0, 1.0, 1e-12, 1.0]))], 4, None, "all")
+    sent = units.shrink_(torch.tensor([0.5, -3.0, 1e-2, float("inf")]))
+    assert sent[:3].tolist() == [0.5, -3.0, 8.0]
+    assert torch.isnan(sent[3])  # and is noticed as before

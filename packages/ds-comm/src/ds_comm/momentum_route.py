@@ -143,7 +143,7 @@ class MomentumRoute:
         self._optimizer.before_sending_(unit, value, again=again)
         powers = self._powers(unit)
         if powers is not None:
-            powers.divide_(value)
+            powers.shrink_(value)
         comm, rows = owner.comm, SignRows.of(self._layouts[unit.key].shard_numel, self._wire)
         sent = comm.allocate(comm.world * rows.width, torch.uint8)
         received = comm.allocate(comm.world * rows.width, torch.uint8)

@@ -10,6 +10,9 @@ from torch import Tensor
 from ds_core.ground.wire import Communicator
 
 _DEAD = -128  # the exponent of an element whose variance is 0, and of padding
+# Of a momentum, in those units: the root is 1 to 2 of them, and Adam's own m / sqrt(v) is 3.2 at most at its
+# usual betas. An element whose gradients come back after its variance was taken would set its block's size.
+_MOST = 8.0
 
 
 class Exponents:
@@ -46,6 +49,11 @@ class Exponents:
         whole = comm.allocate(numel, torch.int8)
         comm.all_gather(whole, mine, about=f"sizes of variances of {about}").wait()
         return cls(whole)
+
+    def shrink_(self, momentum: Tensor) -> Tensor:
+        """momentum [numel] in these units, at most 8 of them; what is not finite becomes NaN."""
+        spoilt = torch.isinf(self.divide_(momentum))
+        return momentum.clamp_(-_MOST, _MOST).masked_fill_(spoilt, float("nan"))
 
     def divide_(self, value: Tensor, begin: int = 0) -> Tensor:
         """value * 2^-k, of the elements from `begin` on."""
