@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from ds_comm import CommLog, bus_factor
-from ds_comm.log import node_ranks, share_away
+from ds_comm.log import share_away
 from ds_comm.log_pays import ENOUGH
 from ds_comm.log_rows import num_bytes
 from ds_core.ground.flight import Lane
 from ds_core.ground.listener import Call, Coded
-from ds_core.ground.mesh import Mesh, Topology
+from ds_core.ground.mesh import Mesh, Topology, ranks_per_node
 from ds_core.train.clock import Clock, HostClock
 
 CPU = torch.device("cpu")
@@ -288,7 +288,7 @@ def test_a_mesh_has_one_log_at_a_time() -> None:
 def test_bytes_to_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setenv("DS_RANKS_PER_NODE", "2")
-    assert share_away((0, 1, 2, 3), 0, node_ranks()) == pytest.approx(2 / 3)
+    assert share_away((0, 1, 2, 3), 0, 2) == pytest.approx(2 / 3)
     assert share_away((0, 2), 0, 2) == 1.0
     assert share_away((0, 1), 1, 2) == 0.0
     clock = HandClock()
@@ -298,9 +298,9 @@ def test_bytes_to_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
     log.close()
     monkeypatch.setenv("DS_RANKS_PER_NODE", "half")
     with pytest.raises(ValueError, match="DS_RANKS_PER_NODE='half'"):
-        node_ranks()
+        ranks_per_node()
     monkeypatch.delenv("DS_RANKS_PER_NODE")
-    assert node_ranks() is None
+    assert ranks_per_node() is None
 
 
 def test_steps_lines_table_and_picture(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ds_comm.log_tally import Kind, StepSum, Tally
 from ds_comm.stragglers import Straggler
 from ds_core.ground.flight import Lane
 from ds_core.ground.listener import Call, Part, Span
-from ds_core.ground.mesh import Mesh
+from ds_core.ground.mesh import Mesh, ranks_per_node
 from ds_core.train.clock import Clock, clock_for
 
 _log = logging.getLogger("ds_comm")
@@ -159,7 +159,8 @@ class CommLog:
 
     def _sent_away(self, call: Call) -> float | None:
         if call.lane not in self._away:
-            self._away[call.lane] = share_away(call.lane.ranks, self.rank, node_ranks())
+            said = ranks_per_node()
+            self._away[call.lane] = share_away(call.lane.ranks, self.rank, said[1] if said else None)
         share = self._away[call.lane]
         return None if share is None else call.sent_bytes * share
 
@@ -245,17 +246,6 @@ def _stands_for(call: Call) -> tuple[int, str]:
     if call.coded is None or call.coded.logical_bytes == call.wire_bytes:
         return call.wire_bytes, ""
     return call.coded.logical_bytes, call.coded.codec
-
-
-def node_ranks() -> int | None:
-    """Ranks of one host, as DS_RANKS_PER_NODE says, else the launcher; None where nobody does."""
-    for name in ("DS_RANKS_PER_NODE", "LOCAL_WORLD_SIZE"):
-        text = os.environ.get(name, "")
-        if text:
-            if not text.isdigit() or int(text) < 1:
-                raise ValueError(f"{name}={text!r}: allowed is a whole number from 1")
-            return int(text)
-    return None
 
 
 def share_away(ranks: Sequence[int], me: int, per_node: int | None) -> float | None:

@@ -28,6 +28,7 @@ from ds_core.ground.watch import Watch
 from ds_core.ground.wire import Communicator
 
 DEFAULT_TIMEOUT_S = 60.0
+_NODE_NAMES = ("DS_RANKS_PER_NODE", "LOCAL_WORLD_SIZE")
 
 
 def timeout_seconds(given: float | None = None) -> float:
@@ -43,6 +44,19 @@ def timeout_seconds(given: float | None = None) -> float:
     if not 0 < seconds < float("inf"):
         raise ValueError(f"a timeout must be above 0 seconds, got {seconds:g}")
     return seconds
+
+
+def ranks_per_node() -> tuple[str, int] | None:
+    """How many ranks of the job are on each host, and which variable says so: DS_RANKS_PER_NODE, else what a
+    launcher sets; None where neither does. Raises ValueError for what is no number above 0.
+    """
+    name = next((one for one in _NODE_NAMES if os.environ.get(one)), None)
+    if name is None:
+        return None
+    text = os.environ[name]
+    if not text.isdecimal() or int(text) == 0:
+        raise ValueError(f"{name}={text!r} must be the number of ranks on a node, such as 8")
+    return name, int(text)
 
 
 def init_distributed(accelerator: Accelerator | None = None, *, timeout_s: float | None = None) -> bool:
@@ -253,21 +267,18 @@ class Mesh:
                     f"{', '.join(str(n) for n in range(1, size + 1) if size % n == 0)}"
                 )
             return given
-        name = next((n for n in ("DS_RANKS_PER_NODE", "LOCAL_WORLD_SIZE") if os.environ.get(n)), None)
         joined = axis == "data" and self._degrees["dp_replicate"] > 1 and self._degrees["dp_shard"] > 1
-        if joined and name != "DS_RANKS_PER_NODE":
+        if joined and not os.environ.get(_NODE_NAMES[0]):
             return self._degrees["dp_shard"]
-        text = os.environ[name] if name else str(self.world)
-        if not text.isdecimal() or int(text) == 0:
-            raise ValueError(f"{name}={text!r} must be the number of ranks on a node, such as 8")
-        nodes = [[rank // int(text) for rank in row] for row in rows]
+        name, each = ranks_per_node() or (None, self.world)
+        nodes = [[rank // each for rank in row] for row in rows]
         inner = nodes[0].count(nodes[0][0])
         if any(row != [row[at // inner * inner] for at in range(size)] for row in nodes) or any(
             len(set(row)) * inner != size for row in nodes
         ):
             raise ValueError(
                 f"axis {axis!r} does not divide into nodes of equally many ranks: its {size} ranks {rows[0]} "
-                f"are on nodes {nodes[0]}, as {name}={text}; lay the mesh out node by node, or give node_size"
+                f"are on nodes {nodes[0]}, as {name}={each}; lay the mesh out node by node, or give node_size"
             )
         return inner
 
