@@ -15,7 +15,6 @@ from ds_comm.preconditioner import Exponents
 from ds_comm.server_errors import ServerErrors
 from ds_comm.signs_wire import MomentumWire, SignRows, plan_chunks
 from ds_comm.spoilt import SpoiltMomenta
-from ds_core.ground.codec import reduce_coded
 from ds_core.ground.listener import Coding
 from ds_core.ground.ticket import Ticket
 from ds_core.state.layout import BucketLayout
@@ -118,7 +117,9 @@ class MomentumRoute:
         return self._optimizer.mode is not Mode.PLAIN
 
     @torch.no_grad()
-    def reduce(self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool) -> Ticket:
+    def reduce(
+        self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool
+    ) -> Ticket | None:
         """`scale` is 1 / world: what travels is a mean already. A second call in a step, for gradients that
         came late, adds their share of the same momentum.
         """
@@ -127,7 +128,7 @@ class MomentumRoute:
         if mode is Mode.PLAIN:
             self._received.pop(unit.key, None)  # the variance changes, and the momentum
             self._exponents.pop(unit.key, None)
-            return self._plain(unit, out, full, scale=scale, accumulate=accumulate)
+            return None
         again = accumulate
         if not owner.sharded:  # there the reducer adds
             again = unit.gradient is not None or unit.key in self._flying
@@ -182,23 +183,6 @@ class MomentumRoute:
             self._arrive(unit, out, everybody, rows, again=again)
 
         return Ticket([ticket], keepalive=(value, sent, received), finish=second_hop)
-
-    def _plain(self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool) -> Ticket:
-        """As without a route."""
-        owner = self.need()
-        wire = full if full.dtype == unit.dtype else full.to(unit.dtype)
-        if owner.sharded:
-            return reduce_coded(
-                owner.comm, None, out, wire, scale=scale, accumulate=accumulate, about=unit.about
-            )
-        if owner.comm.world > 1:
-            wire.mul_(scale)
-        ticket = owner.comm.all_reduce(wire, about=unit.about)
-
-        def keep() -> None:
-            out.copy_(wire)
-
-        return Ticket([ticket], keepalive=(wire,), finish=keep)
 
     def _form(self, unit: FlatUnit, full: Tensor, *, again: bool) -> Tensor:
         """beta1 * m + (1 - beta1) * gradient, [chunks] fp32, zero where there is no parameter."""

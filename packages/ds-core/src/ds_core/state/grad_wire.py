@@ -40,14 +40,20 @@ class GradWire:
 
     def ready(self, unit: FlatUnit, bucket: Tensor) -> Tensor:
         """The bucket in the dtype in which it travels; a codec and a route take any."""
-        if self._codec is not None or self._route is not None or bucket.dtype == unit.dtype:
+        return bucket if self._codec is not None or self._route is not None else self._plain(unit, bucket)
+
+    def _plain(self, unit: FlatUnit, bucket: Tensor) -> Tensor:
+        if bucket.dtype == unit.dtype:
             return bucket
         return self._comm.allocate(bucket.numel(), unit.dtype).copy_(bucket)
 
     def shard(self, unit: FlatUnit, out: Tensor, bucket: Tensor, *, accumulate: bool) -> Ticket:
         """[shard_numel] <- [numel]: this rank's part."""
         if self._route is not None:
-            return self._route.reduce(unit, out, bucket, scale=self._scale, accumulate=accumulate)
+            ticket = self._route.reduce(unit, out, bucket, scale=self._scale, accumulate=accumulate)
+            if ticket is not None:
+                return ticket
+            bucket = self._plain(unit, bucket)
         with self._standing_for(unit):
             return reduce_coded(
                 *(self._comm, self._codec, out, bucket),
@@ -64,16 +70,20 @@ class GradWire:
 
     def whole(self, unit: FlatUnit, bucket: Tensor) -> tuple[Tensor, Ticket]:
         """Where the mean [numel] will be on every rank, and when. The bucket may be overwritten."""
-        if self._route is None and (self._codec is None or isinstance(self._codec, CastCodec)):
-            if self._codec is not None:
-                bucket = bucket.to(self._codec.dtype)
-            if self._comm.world > 1:  # divided before the sum, which fp16 might not hold
-                bucket.mul_(self._scale)
-            with self._standing_for(unit):
-                return bucket, self._comm.all_reduce(bucket, about=unit.about)
-        mean = self._comm.allocate(bucket.numel(), unit.grad_dtype)
         if self._route is not None:
-            return mean, self._route.reduce(unit, mean, bucket, scale=self._scale, accumulate=False)
-        assert self._codec is not None
-        ticket = all_reduce_coded(self._comm, self._codec, mean, bucket, scale=self._scale, about=unit.about)
-        return mean, ticket
+            mean = self._comm.allocate(bucket.numel(), unit.grad_dtype)
+            ticket = self._route.reduce(unit, mean, bucket, scale=self._scale, accumulate=False)
+            if ticket is not None:
+                return mean, ticket
+            bucket = self._plain(unit, bucket)
+        if self._codec is not None and not isinstance(self._codec, CastCodec):
+            mean, about = self._comm.allocate(bucket.numel(), unit.grad_dtype), unit.about
+            return mean, all_reduce_coded(
+                self._comm, self._codec, mean, bucket, scale=self._scale, about=about
+            )
+        if self._codec is not None:
+            bucket = bucket.to(self._codec.dtype)
+        if self._comm.world > 1:  # divided before the sum, which fp16 might not hold
+            bucket.mul_(self._scale)
+        with self._standing_for(unit):
+            return bucket, self._comm.all_reduce(bucket, about=unit.about)

@@ -36,11 +36,14 @@ class GradientRoute(Route, Protocol):
         """Must gradients stay whole on every rank until the last micro batch of a step? Read each round."""
         ...
 
-    def reduce(self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool) -> Ticket:
+    def reduce(
+        self, unit: FlatUnit, out: Tensor, full: Tensor, *, scale: float, accumulate: bool
+    ) -> Ticket | None:
         """[shard_numel] <- [numel]: this rank's part of `scale` times the sum over the ranks that cut `unit`.
 
         `full` holds zeros where nothing came and in the padding, and may be overwritten. With `accumulate`
         the result is added to `out`. Where nothing is cut (stage 0) `out` is [numel]: every rank gets all.
+        None, on every rank alike: this time gradients travel as they would without a route.
         Collective, in one order of units on every rank.
         """
         ...
